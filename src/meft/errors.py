@@ -1,0 +1,59 @@
+"""The errors of `meft`, one tree under `MeftError`.
+
+Every message says what was wrong, the value received, what is valid and what to do. Each class is also the
+builtin type a caller would expect, so `except ValueError` and `except RuntimeError` keep working.
+"""
+
+from __future__ import annotations
+
+
+class MeftError(Exception):
+    """Base class of every error raised by `meft`."""
+
+
+class ConfigError(MeftError, ValueError):
+    """An option has a value that is not valid, alone or beside the others."""
+
+
+class UnsupportedModelError(MeftError, ValueError):
+    """The model cannot be made reversible, or does something between its layers that would be lost."""
+
+
+class ReconstructionError(MeftError, RuntimeError):
+    """A rebuilt activation differs from the original in exact arithmetic."""
+
+
+class ConsumedTapeError(MeftError, RuntimeError):
+    """The backward pass needs streams that are gone or out of order (second or partial backward)."""
+
+
+class DoubleBackwardError(MeftError, RuntimeError):
+    """Gradients of gradients were asked for through a reversible layer."""
+
+
+class ModifiedTensorError(MeftError, RuntimeError):
+    """A weight or input changed between the forward pass and its recomputation."""
+
+
+class StreamOverflowError(MeftError, OverflowError):
+    """A hidden state is too large, or not finite, for the fixed-point streams."""
+
+
+class DataError(MeftError, ValueError):
+    """A dataset lacks a column, a label is out of range, or a file has another layout."""
+
+
+class CheckpointError(MeftError, RuntimeError):
+    """Saved weights are truncated, unreadable, or belong to another model."""
+
+
+class OutputFolderError(MeftError, FileExistsError):
+    """The output folder holds another run that must not be overwritten."""
+
+
+class MeftWarning(UserWarning):
+    """Something the user asked for was switched off, with the reason."""
+
+
+class DriftWarning(MeftWarning):
+    """Float arithmetic rebuilt an activation worse than `drift_tolerance` allows."""
