@@ -1,0 +1,185 @@
+"""The couplings: how two streams pass through a layer, forward and inverse, in any arithmetic.
+
+Two streams x1, x2 have the shape of the hidden state, and both start as it. Each layer computes
+
+    y1 = lam  * x1 + F(x2)
+    y2 = beta * x2 + G(y1)
+    (x1, x2) <- (y2, y1) if switch else (y1, y2)
+
+and, since each line changes one stream by a function of the other, is undone line by line:
+
+    x2 = (y2 - G(y1)) / beta
+    x1 = (y1 - F(x2)) / lam
+
+So a coupling is a list of steps, "add to this stream a function of that one". `momentum` has one step,
+y1 = F(x2) - gamma * (x2 - x1): it scales the difference x1 - x2 where the others scale x1.
+
+| coupling   | F                                  | G                                  | lam | beta | switch | output |
+|------------|------------------------------------|------------------------------------|-----|------|--------|--------|
+| `meft1`    | layer, adapter beside feed-forward | adapter                            | 0.1 | 1    | yes    | mean   |
+| `meft2`    | adapter                            | layer, adapter beside feed-forward | 1   | 0.1  | yes    | mean   |
+| `meft3`    | attention block, adapter on output | feed-forward block, adapter beside | 0.1 | 0.1  | no     | mean   |
+| `momentum` | layer, adapter beside feed-forward | none                               | gamma 1/4  | yes    | newest |
+
+Sources: MEFT, Liao, Tan and Monz 2023 (arXiv 2306.00477), section 3; RevNet, Gomez et al. 2017; momentum residual
+networks, Sander et al. 2021 (arXiv 2102.07870).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .arithmetic import Arithmetic, Coupled
+from .errors import ConfigError
+
+Streams = tuple[Tensor, Tensor]
+OutputRule = Literal["mean", "newest"] | tuple[str, float] | Sequence[str | float]
+
+COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
+
+
+@dataclass(frozen=True)
+class Step:
+    """streams[target] <- factor * streams[target] + function(streams[source]).
+
+    With `difference`, factor scales streams[target] - streams[source] instead.
+    """
+
+    function: Literal["F", "G"]
+    target: Literal[0, 1]
+    source: Literal[0, 1]
+    factor: float
+    difference: bool = False
+
+    def forward(self, arithmetic: Arithmetic, streams: Streams, f: Tensor | None) -> tuple[Streams, Coupled]:
+        """Applies the step; f is the value of its function. Returns the streams after it and what was computed."""
+        x = streams[self.target]
+        if self.difference:
+            x = x - streams[self.source]
+        coupled = arithmetic.couple(x, f, self.factor)
+        return self._with_target(streams, coupled.stream), coupled
+
+    def inverse(self, arithmetic: Arithmetic, streams: Streams, f: Tensor | None, residue: Tensor | None) -> Streams:
+        """Undoes the step; streams are those after it. Returns those before it."""
+        x = arithmetic.uncouple(streams[self.target], f, self.factor, residue)
+        if self.difference:
+            x = x + streams[self.source]
+        return self._with_target(streams, x)
+
+    def _with_target(self, streams: Streams, value: Tensor) -> Streams:
+        return (value, streams[1]) if self.target == 0 else (streams[0], value)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The steps of one layer, what happens to the streams after them, and how the last layer's streams are read.
+
+    Attributes:
+        name: one of `COUPLINGS`.
+        steps: applied in order; the inverse undoes them in reverse order.
+        switch: whether the streams change places after the steps.
+        newest: index, after switching, of the stream that holds the pretrained layer's output.
+        output: weights (older, newest) of the streams in the hidden state that leaves the stack.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    switch: bool
+    newest: Literal[0, 1]
+    output: tuple[float, float]
+
+    def switched(self, pair: tuple) -> tuple:
+        """Switches a pair (streams, gradients) if this coupling does; it is its own inverse."""
+        return (pair[1], pair[0]) if self.switch else (pair[0], pair[1])
+
+    def weights(self) -> tuple[float, float]:
+        """Weights of the streams (x1, x2) in the hidden state that leaves the stack."""
+        older, newest = self.output
+        return (newest, older) if self.newest == 0 else (older, newest)
+
+    def read(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Applies the output rule to the two streams as hidden states."""
+        w1, w2 = self.weights()
+        if w1 == 0:
+            return x2
+        return x1 if w2 == 0 else w1 * x1 + w2 * x2
+
+    def check(self, arithmetic: Arithmetic) -> None:
+        """Raises ConfigError if the arithmetic cannot invert one of the factors."""
+        for name, step in zip(_factor_names(self.name), self.steps, strict=False):
+            arithmetic.check_factor(name, step.factor)
+
+    def reach(self, arithmetic: Arithmetic) -> float:
+        """Largest magnitude of a hidden state before a stream, or a difference of streams, overflows."""
+        return arithmetic.limit / 2 if any(step.difference for step in self.steps) else arithmetic.limit
+
+
+_DEFAULTS: dict[str, tuple[float, float]] = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
+_DEFAULT_GAMMA = 0.25
+
+
+def make_coupling(
+    name: str,
+    *,
+    lam: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    output: OutputRule | None = None,
+) -> Coupling:
+    """Builds a coupling by name.
+
+    Example:
+        >>> make_coupling("meft1", lam=1 / 8).steps[0].factor
+        0.125
+
+    Args:
+        name: "meft1", "meft2", "meft3" or "momentum".
+        lam: factor of the first stream (meft1, meft2, meft3); None for the coupling's own.
+        beta: factor of the second stream (meft1, meft2, meft3); None for the coupling's own.
+        gamma: factor of the difference of the streams (momentum); None for 1/4.
+        output: "mean", "newest" or ("sum", s) for newest + s * older; None for the coupling's own.
+
+    Raises:
+        ConfigError: unknown name, a factor the coupling does not have, or an output rule that is none.
+    """
+    if name not in COUPLINGS:
+        raise ConfigError(
+            f"coupling={name!r} is unknown. Valid: {', '.join(map(repr, COUPLINGS))}. Choose one of these."
+        )
+    given = {"lam": lam, "beta": beta, "gamma": gamma}
+    for factor, value in given.items():
+        if value is not None and factor not in _factor_names(name):
+            raise ConfigError(
+                f"{factor}={value!r} was given, but coupling={name!r} has no {factor}. Its factors are "
+                f"{' and '.join(_factor_names(name))}: leave {factor} out or choose another coupling."
+            )
+    if name == "momentum":
+        steps: tuple[Step, ...] = (Step("F", 0, 1, _DEFAULT_GAMMA if gamma is None else gamma, difference=True),)
+        return Coupling(name, steps, switch=True, newest=1, output=_output_weights(output or "newest"))
+    own_lam, own_beta = _DEFAULTS[name]
+    steps = (Step("F", 0, 1, own_lam if lam is None else lam), Step("G", 1, 0, own_beta if beta is None else beta))
+    # The pretrained layer's output is y1 in meft1 and y2 in meft2 and meft3; meft1 and meft2 switch.
+    newest: Literal[0, 1] = 0 if name == "meft2" else 1
+    return Coupling(name, steps, switch=name != "meft3", newest=newest, output=_output_weights(output or "mean"))
+
+
+def _factor_names(name: str) -> tuple[str, ...]:
+    return ("gamma",) if name == "momentum" else ("lam", "beta")
+
+
+def _output_weights(rule: OutputRule) -> tuple[float, float]:
+    """Turns an output rule into the weights (older, newest)."""
+    if rule == "mean":
+        return 0.5, 0.5
+    if rule == "newest":
+        return 0.0, 1.0
+    if not isinstance(rule, str) and len(rule) == 2 and rule[0] == "sum" and isinstance(rule[1], int | float):
+        return float(rule[1]), 1.0
+    raise ConfigError(
+        f'output={rule!r} is no output rule. Valid: "mean", "newest", ("sum", s) with s a number, for newest + s * '
+        "older, or None for the coupling's own. Choose one of these."
+    )

@@ -1,0 +1,106 @@
+"""What is to be done with a stack of layers: the options of `MeftConfig` and `make_reversible`, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arithmetic import MAX_FRACTION_BITS, MIN_FRACTION_BITS, Arithmetic, FixedPoint, FloatArithmetic
+from .couplings import Coupling, OutputRule, make_coupling
+from .errors import ConfigError
+
+ARITHMETICS = ("exact", "float")
+BACKWARDS = ("reversible", "cached")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stack of layers is run.
+
+    Attributes:
+        coupling: how streams pass through a layer; None leaves the layers uncoupled, as they are.
+        arithmetic: how streams are stored and inverted.
+        reversible: rebuild activations in the backward pass; otherwise keep them.
+        frozen_layers: lowest layers that run without adapters and without any backward pass.
+        cached_layers: highest layers that keep their activations.
+        drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
+        anchor_every: layers between streams that are kept, or None.
+    """
+
+    coupling: Coupling | None
+    arithmetic: Arithmetic
+    reversible: bool
+    frozen_layers: int
+    cached_layers: int
+    drift_tolerance: float
+    anchor_every: int | None = None
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        coupling: str | None,
+        lam: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        output: OutputRule | None = None,
+        arithmetic: str = "exact",
+        backward: str = "reversible",
+        fraction_bits: int = 16,
+        frozen_layers: int = 0,
+        cached_layers: int = 0,
+        drift_tolerance: float = 1e-2,
+        anchor_every: int | None = None,
+    ) -> Plan:
+        """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
+
+        Raises:
+            ConfigError: an option has a value that is not valid, alone or beside the others.
+        """
+        check_choice("arithmetic", arithmetic, ARITHMETICS)
+        check_choice("backward", backward, BACKWARDS)
+        check_integer("fraction_bits", fraction_bits, MIN_FRACTION_BITS, MAX_FRACTION_BITS)
+        check_integer("frozen_layers", frozen_layers, 0)
+        check_integer("cached_layers", cached_layers, 0)
+        if anchor_every is not None:
+            check_integer("anchor_every", anchor_every, 1)
+        if not isinstance(drift_tolerance, int | float) or not drift_tolerance >= 0:
+            raise ConfigError(
+                f"drift_tolerance={drift_tolerance!r} is no relative error. Valid: a number from 0 up. Use 1e-2, say."
+            )
+        numbers: Arithmetic = FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()
+        steps = None
+        if coupling is not None:
+            steps = make_coupling(coupling, lam=lam, beta=beta, gamma=gamma, output=output)
+            steps.check(numbers)
+        reversible = backward == "reversible"
+        return cls(steps, numbers, reversible, frozen_layers, cached_layers, float(drift_tolerance), anchor_every)
+
+    def check_depth(self, name: str, depth: int) -> None:
+        """Raises ConfigError if a stack of `depth` layers is too shallow for the frozen and cached layers."""
+        if self.frozen_layers >= depth:
+            raise ConfigError(
+                f"frozen_layers={self.frozen_layers} leaves nothing to train: {name} has {depth} layers. Use at most "
+                f"frozen_layers={depth - 1}."
+            )
+        if self.frozen_layers + self.cached_layers > depth:
+            raise ConfigError(
+                f"frozen_layers={self.frozen_layers} and cached_layers={self.cached_layers} are more than the {depth} "
+                f"layers of {name}. Their sum must be at most {depth}: use at most "
+                f"cached_layers={depth - self.frozen_layers}."
+            )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError if an option is none of its choices."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown. Valid: {', '.join(map(repr, choices))}. Choose one of these.")
+
+
+def check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    """Raises ConfigError if an option is no integer of its range."""
+    bounded = f"{lowest} to {highest}" if highest is not None else f"at least {lowest}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. Valid: an integer, {bounded}.")
+    if value < lowest or (highest is not None and value > highest):
+        raise ConfigError(f"{name}={value} is out of range. Valid: an integer, {bounded}.")
