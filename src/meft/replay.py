@@ -1,0 +1,162 @@
+"""Capture and replay of everything around one call that decides which bits it returns.
+
+A recomputation gives the original bits only if it runs the identical program: the same random numbers, autocast
+state, attention kernels and training flags. `Snapshot.take` records them, `Snapshot.replayed` puts them in place and
+leaves the surrounding state as it found it. Nothing is kept on modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_SDPA_FLAGS = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
+
+@dataclass(frozen=True)
+class RngState:
+    """States of the CPU generator and of one accelerator's generator (None on a CPU-only call)."""
+
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None
+
+    @classmethod
+    def take(cls, device: torch.device) -> RngState:
+        on_cpu = device.type in ("cpu", "meta")
+        accelerator = None if on_cpu else torch.get_device_module(device).get_rng_state(device)
+        return cls(device, torch.get_rng_state(), accelerator)
+
+    def put(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def same_as(self, other: RngState) -> bool:
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        if self.accelerator is None or other.accelerator is None:
+            return self.accelerator is other.accelerator
+        return torch.equal(self.accelerator, other.accelerator)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache_enabled: bool
+
+    @classmethod
+    def take(cls, device: torch.device) -> tuple[Autocast, ...]:
+        types = dict.fromkeys((device.type, "cpu"))
+        return tuple(
+            cls(
+                name,
+                torch.is_autocast_enabled(name),
+                torch.get_autocast_dtype(name),
+                torch.is_autocast_cache_enabled(),
+            )
+            for name in types
+            if torch.amp.is_autocast_available(name)
+        )
+
+    def context(self) -> torch.amp.autocast:
+        return torch.amp.autocast(
+            self.device_type, enabled=self.enabled, dtype=self.dtype, cache_enabled=self.cache_enabled
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any."""
+
+    rng: RngState | None
+    autocast: tuple[Autocast, ...]
+    sdpa: tuple[bool, ...]
+    modules: tuple[nn.Module, ...]
+    training: tuple[bool, ...]
+
+    @classmethod
+    def take(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> Snapshot:
+        """Records the present state for a call whose tensors are on `device` and which runs `modules`."""
+        modules = tuple(modules)
+        return cls(
+            RngState.take(device),
+            Autocast.take(device),
+            tuple(bool(read()) for read, _ in _SDPA_FLAGS),
+            modules,
+            tuple(module.training for module in modules),
+        )
+
+    def without_unused_rng(self) -> Snapshot:
+        """Drops the generator states if the call just made drew nothing: they are 5 kB on the CPU."""
+        if self.rng is None or not self.rng.same_as(RngState.take(self.rng.device)):
+            return self
+        return Snapshot(None, self.autocast, self.sdpa, self.modules, self.training)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Puts the recorded state in place and, on leaving, the surrounding state back."""
+        with ExitStack() as stack:
+            for autocast in self.autocast:
+                stack.enter_context(autocast.context())
+            stack.enter_context(_sdpa(self.sdpa))
+            stack.enter_context(_training(self.modules, self.training))
+            if self.rng is not None:
+                stack.callback(RngState.take(self.rng.device).put)
+                self.rng.put()
+            yield
+
+
+@contextmanager
+def _sdpa(wanted: Sequence[bool]) -> Iterator[None]:
+    present = [bool(read()) for read, _ in _SDPA_FLAGS]
+    try:
+        _set_flags(present, wanted)
+        yield
+    finally:
+        _set_flags(wanted, present)
+
+
+def _set_flags(present: Sequence[bool], wanted: Sequence[bool]) -> None:
+    for (_, write), before, after in zip(_SDPA_FLAGS, present, wanted, strict=True):
+        if before != after:
+            write(after)
+
+
+@contextmanager
+def _training(modules: Sequence[nn.Module], wanted: Sequence[bool]) -> Iterator[None]:
+    """The user may have called `eval()` between the forward and the backward pass; autograd would not care."""
+    changed = [(m, m.training) for m, flag in zip(modules, wanted, strict=True) if m.training != flag]
+    try:
+        for module, present in changed:
+            module.training = not present
+        yield
+    finally:
+        for module, present in changed:
+            module.training = present
+
+
+@contextmanager
+def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Makes the leaves differentiable again that were so in the forward pass; adapters may have been switched since."""
+    changed = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(False)
