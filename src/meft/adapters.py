@@ -1,0 +1,105 @@
+"""The bottleneck adapter and where it is placed.
+
+Adapter(x) = up(dropout(act(down(x)))), with the model's own non-linearity and dropout; weights from N(0, 0.02^2),
+biases zero, so that its output starts near zero. Placed beside a feed-forward (parallel adapter, He et al. 2022,
+arXiv 2110.04366) or behind a module (bottleneck adapter, Houlsby et al. 2019, arXiv 1902.00751).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """One adapter, made of layers that somebody else owns.
+
+    Attributes:
+        down: Linear, hidden -> bottleneck.
+        up: Linear, bottleneck -> hidden.
+        activation: the non-linearity.
+        dropout: probability of dropping an element of the bottleneck in training.
+        owner: the module whose training flag decides about dropout.
+    """
+
+    down: nn.Linear
+    up: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    dropout: float
+    owner: nn.Module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Computes up(dropout(act(down(hidden)))); shape (..., hidden), dtype as given."""
+        narrow = self.activation(self.down(hidden.to(self.down.weight.dtype)))
+        narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
+        return self.up(narrow).to(hidden.dtype)
+
+
+def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, nn.Linear]:
+    """Makes the down- and up-projection of a new adapter: weights N(0, 0.02^2), biases zero."""
+    down, up = nn.Linear(hidden_size, bottleneck_dim), nn.Linear(bottleneck_dim, hidden_size)
+    for projection in (down, up):
+        nn.init.normal_(projection.weight, std=INIT_STD)
+        nn.init.zeros_(projection.bias)
+    return down, up
+
+
+@contextmanager
+def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
+    """For the duration of a call, adds adapter(input of `entry`) to the output of `exit_`.
+
+    The hooks live only as long as the call, so nothing stays on the pretrained modules.
+    """
+    if adapter is None:
+        yield
+        return
+    received: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(args[0] if args else next(iter(kwargs.values())))
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _with_first(output, _first(output) + adapter(received.pop()))
+
+    handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def behind(module: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
+    """For the duration of a call, adds adapter(output) to the output of `module`."""
+    if adapter is None:
+        yield
+        return
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = _first(output)
+        return _with_first(output, first + adapter(first))
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple) else output
+    assert isinstance(first, torch.Tensor)
+    return first
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    return (first, *output[1:]) if isinstance(output, tuple) else first
