@@ -1,0 +1,32 @@
+"""Exactly reversible fine-tuning for Transformers and PEFT.
+
+Importing this package registers the PEFT method "MEFT":
+
+    import meft
+    from peft import get_peft_model
+
+    model = get_peft_model(base, meft.MeftConfig(task_type="SEQ_CLS", coupling="meft1"))
+"""
+
+from . import errors
+from .config import MeftConfig
+from .convert import make_reversible, restore
+from .errors import MeftError
+from .memory import MemoryReport, measure
+from .tuner import MeftLayer, MeftModel, register
+from .version import __version__
+
+register()
+
+__all__ = [
+    "MeftConfig",
+    "MeftError",
+    "MeftLayer",
+    "MeftModel",
+    "MemoryReport",
+    "__version__",
+    "errors",
+    "make_reversible",
+    "measure",
+    "restore",
+]

@@ -1,0 +1,263 @@
+"""MEFT as a PEFT method: the layer, the tuner, and their registration.
+
+Adapter parameters lie flat, `meft_f_down.<adapter>.weight`, as PEFT's state dicts want them; a `Bottleneck` made of
+them is what the couplings see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .adapters import Bottleneck, new_projections
+from .architectures import feed_forward_of
+from .config import MeftConfig
+from .convert import Stack, find_stacks, prepare_stack, pretrained_of, undo
+from .errors import CheckpointError, ConfigError
+from .layers import Placement, ReversibleLayer, Segment
+from .peft_type import MEFT
+
+_ACTIVATION_NAMES = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
+_DROPOUT_NAMES = ("hidden_dropout_prob", "dropout", "hidden_dropout", "resid_pdrop", "dropout_rate", "resid_dropout")
+
+
+class MeftLayer(ReversibleLayer, BaseTunerLayer):
+    """A pretrained layer (`base_layer`) with the MEFT adapters of any number of names.
+
+    Args:
+        layer: the pretrained layer.
+        adapter_name: the first adapter.
+        stack: the stack the layer belongs to.
+        config: the adapter's options.
+        segment: the stack under that adapter.
+        index: the layer's position.
+    """
+
+    adapter_layer_names = ("meft_f_down", "meft_f_up", "meft_g_down", "meft_g_up")
+    other_param_names = ("meft_places",)
+
+    def __init__(
+        self, layer: nn.Module, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int
+    ) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.meft_places: dict[str, tuple[Segment, int, Callable[[Tensor], Tensor], float]] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = adapter_name
+        self.merged_adapters: list[str] = []
+        self.training = layer.training
+        self.update_layer(adapter_name, stack, config, segment, index)
+
+    @property
+    def pretrained(self) -> nn.Module:
+        return self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def update_layer(self, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int) -> None:
+        """Adds an adapter to this layer; a frozen layer gets none."""
+        self.meft_places[adapter_name] = (segment, index, _activation(stack), _dropout(stack))
+        if segment.frozen(index):
+            return
+        # The parallel adapter must have a place before anything is changed.
+        feed_forward_of(self.base_layer, f"{segment.name}.{index} of {segment.model}")
+        for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
+            down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
+            getattr(self, f"meft_{function}_down")[adapter_name] = down
+            getattr(self, f"meft_{function}_up")[adapter_name] = up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def placement(self) -> Placement | None:
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.meft_places]
+        if not active:
+            return None
+        _check_single(active)
+        segment, index, activation, dropout = self.meft_places[active[0]]
+        f, g = (self._bottleneck(function, active[0], activation, dropout) for function in ("f", "g"))
+        return Placement(segment, index, f, g)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise _cannot_merge()
+
+    def unmerge(self) -> None:
+        raise _cannot_merge()
+
+    def train(self, mode: bool = True) -> MeftLayer:
+        nn.Module.train(self, mode)
+        return self
+
+    def _bottleneck(
+        self, function: str, adapter_name: str, activation: Callable[[Tensor], Tensor], dropout: float
+    ) -> Bottleneck | None:
+        down, up = getattr(self, f"meft_{function}_down"), getattr(self, f"meft_{function}_up")
+        if adapter_name not in down:
+            return None
+        return Bottleneck(down[adapter_name], up[adapter_name], activation, dropout, self)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but from any floating parameter: a whole layer has no weight of its own."""
+        reference = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
+        for name in self.adapter_layer_names:
+            projections = getattr(self, name)
+            if adapter_name not in projections or reference is None:
+                continue
+            if any(parameter.is_meta for parameter in projections[adapter_name].parameters()):
+                continue
+            projections[adapter_name].to(device or reference.device, reference.dtype)
+
+
+class MeftModel(BaseTuner):
+    """The tuner: puts a `MeftLayer` in the place of every layer of every stack."""
+
+    prefix = "meft_"
+    tuner_layer_cls = MeftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = cast(MeftConfig, self.peft_config[adapter_name])
+        plan = config.plan()
+        stacks = find_stacks(model)
+        _refuse_plain_reversible(stacks)
+        self._check_base(config, stacks)
+        # Everything that can be refused is refused here, before the model is changed.
+        places = {}
+        for stack in stacks:
+            segment = stack.segment(plan)
+            for index, layer in enumerate(stack.layers):
+                if not segment.frozen(index):
+                    feed_forward_of(pretrained_of(layer), f"{segment.name}.{index} of {segment.model}")
+                places[f"{stack.name}.{index}"] = (stack, segment, index)
+        self._places = places
+        for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
+            prepare_stack(stack, segment)
+        # Which layers are taken follows from the model, not from the names in a state dict.
+        kwargs.pop("state_dict", None)
+        super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
+
+    def _check_target_module_exists(self, peft_config: MeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._places
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        stack, segment, index = self._places[current_key]
+        config = cast(MeftConfig, peft_config)
+        if isinstance(target, MeftLayer):
+            target.update_layer(adapter_name, stack, config, segment, index)
+            return
+        layer = MeftLayer(target, adapter_name, stack, config, segment, index)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own reads `weight` of the layers, which whole layers lack."""
+        if isinstance(child, MeftLayer):
+            for segment, *_ in child.meft_places.values():
+                undo(segment)
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise _cannot_merge()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str):
+            _check_single(list(adapter_name))
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _check_base(self, config: MeftConfig, stacks: list[Stack]) -> None:
+        """Refuses a saved adapter that was made for another base model, and notes what a new one is made for."""
+        found = [
+            {
+                "layer": type(pretrained_of(stack.layers[0])).__name__,
+                "layers": len(stack.layers),
+                "hidden_size": stack.hidden_size,
+            }
+            for stack in stacks
+        ]
+        loaded_from = getattr(config, "loaded_from", None)
+        if loaded_from is not None and config.base_layers not in (None, found):
+            raise CheckpointError(
+                f"The adapter in {loaded_from} was made for another base model: for {_described(config.base_layers)}, "
+                f"but {type(self.model).__name__} has {_described(found)}. Load it on its own base model "
+                f"({config.base_model_name_or_path})."
+            )
+        config.base_layers = found
+
+
+def _check_single(adapter_names: list[str]) -> None:
+    if len(adapter_names) > 1:
+        raise ConfigError(
+            f"MEFT adapters {adapter_names} are active together, but two streams can follow one coupling only. "
+            f"Activate one of them: model.set_adapter({adapter_names[0]!r})."
+        )
+
+
+def _cannot_merge() -> ConfigError:
+    return ConfigError(
+        "MEFT adapters cannot be merged: two coupled streams are not a change of the pretrained weights. Keep the "
+        'adapter beside its base model, or train LoRA under make_reversible(model, coupling="momentum"), whose result '
+        "merges."
+    )
+
+
+def _refuse_plain_reversible(stacks: list[Stack]) -> None:
+    for stack in stacks:
+        if any(type(layer) is ReversibleLayer for layer in stack.layers):
+            raise ConfigError(
+                f"{stack.name} of {type(stack.owner).__name__} was made reversible by make_reversible. Call "
+                "meft.restore(model) before adding a MEFT adapter."
+            )
+
+
+def _described(layers: list[dict[str, Any]] | None) -> str:
+    return " and ".join(f"{s['layers']} {s['layer']} of width {s['hidden_size']}" for s in layers or [])
+
+
+def _activation(stack: Stack) -> Callable[[Tensor], Tensor]:
+    for name in _ACTIVATION_NAMES:
+        value = getattr(stack.config, name, None)
+        if isinstance(value, str) and value in ACT2FN:
+            return ACT2FN[value]
+        if callable(value):
+            return value
+    raise ConfigError(
+        f"The non-linearity of {type(stack.owner).__name__} is not known: its configuration has none of "
+        f"{', '.join(_ACTIVATION_NAMES)}."
+    )
+
+
+def _dropout(stack: Stack) -> float:
+    for name in _DROPOUT_NAMES:
+        value = getattr(stack.config, name, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.0
+
+
+def register() -> None:
+    """Registers the method with PEFT; importing `meft` does it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if MEFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="meft", config_cls=MeftConfig, model_cls=MeftModel, prefix="meft_")
