@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .couplings import Step, Streams
 from .errors import DoubleBackwardError, ModifiedTensorError
-from .replay import Snapshot, requiring_grad
+from .replay import Snapshot, private_graph, requiring_grad
 from .tape import Handles, Tape, observed_by, version_of
 
 __all__ = ["Function", "Layer", "Tape", "finish", "observed_by", "readout", "run_layer"]
@@ -155,16 +155,18 @@ class _ReversibleLayer(torch.autograd.Function):
         gradients = list(tape.coupling.switched(output_gradients))
         rest: list[Tensor | None] = [None] * (len(layer.outside) + len(layer.parameters))
         leaves = (*ctx.outside, *layer.parameters)
-        for index in reversed(range(len(tape.coupling.steps))):
-            step, slot = tape.coupling.steps[index], ctx.residue_of[index]
-            source, value = _reevaluate(tape, layer, step, streams, ctx.outside, ctx.snapshots[index])
-            residue = None if slot is None else residues[slot]
-            streams = step.inverse(tape.arithmetic, streams, None if value is None else value.detach(), residue)
-            # Below the lowest trainable layer nobody asks for the gradient of the streams.
-            wanted = index > 0 or any(ctx.needs_input_grad[2:4])
-            _differentiate(step, source if wanted else None, value, gradients, leaves, rest)
+        # The lowest trainable layer's input gets no gradient, and no layer below needs its streams.
         below = any(ctx.needs_input_grad[2:4])
-        tape.leave_inputs(ctx.depth - 1, streams, anchor if anchored else None, last=not below)
+        with requiring_grad(layer.parameters):
+            for index in reversed(range(len(tape.coupling.steps))):
+                step, slot = tape.coupling.steps[index], ctx.residue_of[index]
+                source, value = _reevaluate(tape, layer, step, streams, ctx.outside, ctx.snapshots[index])
+                residue = None if slot is None else residues[slot]
+                streams = step.inverse(tape.arithmetic, streams, None if value is None else value.detach(), residue)
+                wanted = source if below or index > 0 else None
+                _differentiate(step, wanted, value, gradients, leaves, rest)
+        last = not below or ctx.depth == 1
+        tape.leave_inputs(ctx.depth - 1, streams, anchor if anchored else None, last=last)
         return None, None, *gradients, *rest
 
 
@@ -172,13 +174,12 @@ def _evaluate(
     tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor]
 ) -> tuple[Tensor | None, Snapshot | None]:
     """Runs a step's function as the backward pass will; returns its value alone and what the rerun must find."""
-    function = layer.functions.get(step.function)
-    if function is None:
+    if step.function not in layer.functions:
         return None, None
     snapshot = Snapshot.take(tape.device, layer.modules)
-    with torch.enable_grad():
+    with torch.enable_grad(), private_graph():
         source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
-        value = function(source, outside).detach()
+        value = _call(layer, step, source, outside).detach()
     return value, snapshot.without_unused_rng()
 
 
@@ -189,8 +190,13 @@ def _reevaluate(
     source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
     if snapshot is None:
         return source, None
-    with torch.enable_grad(), snapshot.replayed(), requiring_grad(layer.parameters):
-        return source, layer.functions[step.function](source, outside)
+    with torch.enable_grad(), private_graph(), snapshot.replayed():
+        return source, _call(layer, step, source, outside)
+
+
+def _call(layer: Layer, step: Step, source: Tensor, outside: Sequence[Tensor]) -> Tensor:
+    # Aliases: hooks that tools put on the arguments of modules do not work on leaves within `torch.autograd.grad`.
+    return layer.functions[step.function](source.view_as(source), [tensor.view_as(tensor) for tensor in outside])
 
 
 def _differentiate(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import logging
+from transformers.utils.output_capturing import _active_collector
 
 from .adapters import Bottleneck, behind, beside
 from .architectures import feed_forward_of, split_of
@@ -163,6 +164,12 @@ class ReversibleLayer(nn.Module):
             return self.pretrained(*args, **kwargs)
         self._switch_off_checkpointing()
         segment, index = placement.segment, placement.index
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedModelError(
+                f"{segment.name}.{index} of {segment.model} runs under torch.nn.DataParallel, whose replicas have no "
+                "parameters of their own to give gradients to. Use one process a device (accelerate launch, torchrun), "
+                "or show the process one device (CUDA_VISIBLE_DEVICES)."
+            )
         hidden, args, kwargs = _split_hidden(args, kwargs)
         if self.training and torch.is_grad_enabled():
             kwargs = _without_cache(kwargs, segment, index)
@@ -183,7 +190,10 @@ class ReversibleLayer(nn.Module):
         segment, index = placement.segment, placement.index
         tape = segment.tape(index, hidden)
         layer = self._layer(placement, args, kwargs)
-        output = run_layer(tape, layer, reversible=self.training and segment.reversible(index))
+        reversible = self.training and segment.reversible(index)
+        output = run_layer(tape, layer, reversible=reversible)
+        if reversible:
+            _detach_recordings()
         if index == segment.depth - 1:
             output = finish(tape)
             segment.end()
@@ -305,6 +315,16 @@ def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, d
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
     return rest.pop("hidden_states"), (), rest
+
+
+def _detach_recordings() -> None:
+    """Cuts attention weights that Transformers recorded in this layer from the graph of one call they lie in.
+
+    A loss on them would reach the weights of this one layer and no other, without a word; detached, it says so.
+    """
+    for name, values in (_active_collector.get() or {}).items():
+        if name != "hidden_states" and isinstance(values, list) and values and isinstance(values[-1], Tensor):
+            values[-1] = values[-1].detach()
 
 
 def _without_cache(kwargs: dict[str, Any], segment: Segment, index: int) -> dict[str, Any]:

@@ -8,8 +8,9 @@ leaves the surrounding state as it found it. Nothing is kept on modules.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,3 +161,21 @@ def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter in changed:
             parameter.requires_grad_(False)
+
+
+def private_graph() -> AbstractContextManager[Any]:
+    """Keeps the graph built within from saved-tensor hooks around it (offloading, checkpointing).
+
+    The graph of one block lives for one call inside a node; what hooks do to tensors that are saved for the backward
+    pass would be done to tensors that are not.
+    """
+    # Pushing hooks of our own is the only way to shadow others, and costs a call a saved tensor: do so if need be. They
+    # detach, since a graph that saves its own output undetached would keep itself alive.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None and top(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
