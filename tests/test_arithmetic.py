@@ -101,18 +101,20 @@ def test_the_magnitude_tells_of_an_overflow_that_the_integers_hide() -> None:
 
 
 @pytest.mark.parametrize(
-    ("magnitudes", "bits"), [([40000.0], 15), ([32768.0], 15), ([65536.0], 14), ([1.0, 5e6], 8), ([2.0**26], 4)]
+    ("magnitude", "expected", "bits"),
+    [(40000.0, 40000.0, 15), (32768.0, 32768.0, 15), (65536.0, 65536.0, 14), (40000.0, 5e6, 8), (40000.0, 2.0**26, 4)],
 )
-def test_the_advice_names_the_fraction_bits_that_fit(magnitudes: list[float], bits: int) -> None:
-    advice = FixedPoint(16).overflow_advice(magnitudes, FixedPoint(16).limit)
+def test_the_advice_names_the_fraction_bits_that_fit(magnitude: float, expected: float, bits: int) -> None:
+    advice = FixedPoint(16).overflow_advice(magnitude, expected, FixedPoint(16).limit)
     assert f"fraction_bits={bits} would fit" in advice
-    assert f"{max(magnitudes):.6g}" in advice
-    assert FixedPoint(bits).limit > max(magnitudes) >= FixedPoint(bits + 1).limit
+    assert f"The largest magnitude is {magnitude:.6g}; fraction_bits=16 holds magnitudes below 32768" in advice
+    assert FixedPoint(bits).limit > expected >= FixedPoint(bits + 1).limit
 
 
 def test_the_advice_knows_when_nothing_fits_and_when_nothing_is_finite() -> None:
-    assert 'use arithmetic="float"' in FixedPoint(16).overflow_advice([2.0**27], 32768)
-    assert "not finite (received nan)" in FixedPoint(16).overflow_advice([1.0, math.nan], 32768)
+    assert 'use smaller factors, coupling="momentum"' in FixedPoint(16).overflow_advice(40000.0, 2.0**27, 32768)
+    assert "is nan; " in FixedPoint(16).overflow_advice(math.nan, math.nan, 32768)
+    assert "is inf; " in FixedPoint(16).overflow_advice(math.inf, math.inf, 32768)
 
 
 @pytest.mark.parametrize("factor", [1, 0.5, 1 / 3, 0.1, 0.25, 1 / 7, 1 / 256])

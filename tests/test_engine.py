@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -415,8 +416,35 @@ def test_overflow_raises_before_the_hidden_state_is_used(place: str, hidden: Ten
 def test_a_hidden_state_that_is_not_finite_raises(hidden: Tensor) -> None:
     stack = blocks(dropout=0.0)
     nn.init.constant_(stack[6].up.bias, float("nan"))
-    with pytest.raises(StreamOverflowError, match=r"layers 3 to 4.*not finite \(received nan\)"):
+    with pytest.raises(StreamOverflowError, match=r"layers 3 to 4.*magnitude is nan;.*overflows its dtype"):
         forward(stack, hidden)
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0])
+def test_the_advice_foresees_the_growth_of_the_layers_above(factor: float) -> None:
+    stack = nn.ModuleList([Growing(factor) for _ in range(2 * 40)])
+    with pytest.raises(StreamOverflowError, match=r"layers \d+ to 39") as caught:
+        forward(stack, torch.ones(1, 2, WIDTH), "momentum", FixedPoint(20))
+    found = re.search(r"fraction_bits=(\d+) would fit", str(caught.value))
+    if factor > 2:  # 3 ** 40 fits nowhere
+        assert found is None and "No fraction_bits from 4 would fit" in str(caught.value)
+        return
+    assert found is not None
+    bits = int(found[1])
+    forward(stack, torch.ones(1, 2, WIDTH), "momentum", FixedPoint(bits))
+    with pytest.raises(StreamOverflowError):
+        forward(stack, torch.ones(1, 2, WIDTH), "momentum", FixedPoint(bits + 2))
+
+
+class Growing(Block):
+    """Multiplies the hidden state."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, hidden: Tensor, outside: tuple[Tensor, ...] = ()) -> Tensor:
+        return hidden * self.factor
 
 
 def test_overflow_is_looked_at_once_a_forward_pass(hidden: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

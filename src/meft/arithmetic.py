@@ -17,7 +17,6 @@ so that the inverse gives back every bit (Maclaurin et al. 2015, arXiv 1502.0349
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,8 +72,8 @@ class Arithmetic(Protocol):
     def check_factor(self, name: str, factor: float) -> None:
         """Raises ConfigError if this arithmetic cannot scale by `factor`."""
 
-    def overflow_advice(self, magnitudes: Sequence[float], reach: float) -> str:
-        """Says what to do about magnitudes of which one is not below `reach`."""
+    def overflow_advice(self, magnitude: float, expected: float, reach: float) -> str:
+        """Says what to do about a magnitude that is not below `reach`, where up to `expected` is to come."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class FloatArithmetic:
                 f"than 0; the paper uses 0.1 and 1. Set {name} to one of these."
             )
 
-    def overflow_advice(self, magnitudes: Sequence[float], reach: float) -> str:
+    def overflow_advice(self, magnitude: float, expected: float, reach: float) -> str:
         return "Float streams do not overflow."
 
 
@@ -161,23 +160,24 @@ class FixedPoint:
                 f'{name}=1/{above} ({1 / above:.6g}); or choose arithmetic="float".'
             )
 
-    def overflow_advice(self, magnitudes: Sequence[float], reach: float) -> str:
-        if not all(math.isfinite(magnitude) for magnitude in magnitudes):
-            received = next(magnitude for magnitude in magnitudes if not math.isfinite(magnitude))
-            return (
-                f"Some are not finite (received {received}): the model itself "
-                "overflows its dtype, or diverges. Lower the learning rate, or use bfloat16 or float32."
-            )
-        largest = max(magnitudes)
-        bits = self.fraction_bits - max(0, math.floor(math.log2(largest / reach)) + 1)
-        if bits >= MIN_FRACTION_BITS:
-            advice = f"fraction_bits={bits} would fit."
-        else:
-            advice = f'No fraction_bits above {MIN_FRACTION_BITS} fits: use arithmetic="float" or another coupling.'
-        return (
-            f"The largest magnitude is {largest:.6g}; fraction_bits={self.fraction_bits} holds magnitudes below "
-            f"{reach:g}. {advice}"
+    def overflow_advice(self, magnitude: float, expected: float, reach: float) -> str:
+        held = (
+            f"The largest magnitude is {magnitude:.6g}; fraction_bits={self.fraction_bits} holds magnitudes below "
+            f"{reach:g}."
         )
+        if not math.isfinite(magnitude):
+            return (
+                f"{held} The model itself overflows its dtype, or diverges: lower the learning rate, or use bfloat16 "
+                "or float32."
+            )
+        grown = f" (up to {expected:.3g} is expected in the layers above)" if expected > magnitude else ""
+        bits = self.fraction_bits - max(0, math.floor(math.log2(expected / reach)) + 1)
+        if bits < MIN_FRACTION_BITS:
+            return (
+                f"{held} No fraction_bits from {MIN_FRACTION_BITS} would fit{grown}: use smaller factors, "
+                'coupling="momentum", fewer coupled layers, or arithmetic="float".'
+            )
+        return f"{held} fraction_bits={bits} would fit{grown}; smaller factors keep hidden states smaller."
 
     def _quantise(self, values: Tensor) -> Tensor:
         scaled = values.detach().to(_working_dtype(values.dtype)) * 2.0**self.fraction_bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,15 +135,19 @@ class Tape:
         """
         if not self.magnitudes:
             return
-        layers = [layer for layer, _ in self.magnitudes]
-        peaks = torch.stack([peak.to(self.device, torch.float32) for _, peak in self.magnitudes]).tolist()
+        values = torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes]).tolist()
+        peaks: dict[int, float] = {}
+        for (layer, _), value in zip(self.magnitudes, values, strict=True):
+            before = peaks.get(layer, 0.0)
+            # Unlike `max`, keeps a NaN that comes second as well as one that comes first.
+            peaks[layer] = before if before != before or before > value else value
         self.magnitudes.clear()
         reach = self.coupling.reach(self.arithmetic)
-        bad = [layer for layer, peak in zip(layers, peaks, strict=True) if not peak < reach]
+        bad = [layer for layer, peak in peaks.items() if not peak < reach]
         if bad:
             raise StreamOverflowError(
                 f"Hidden states of {self.name}, layers {min(bad)} to {max(bad)}, do not fit the fixed-point streams. "
-                + self.arithmetic.overflow_advice(peaks, reach)
+                + self.arithmetic.overflow_advice(peaks[min(bad)], _expected(peaks, min(bad)), reach)
             )
 
     # -- backward --------------------------------------------------------------------------------------------------
@@ -207,6 +212,18 @@ def relative_deviation(x1: Tensor, x2: Tensor) -> float:
         return 0.0
     difference = torch.linalg.vector_norm(x1.double() - x2.double())
     return float(difference / torch.linalg.vector_norm(x1.double()).clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _expected(peaks: dict[int, float], first: int) -> float:
+    """What the largest magnitude would have grown to at the top, had the streams not wrapped around in layer `first`.
+
+    Only the magnitudes up to there are true; the growth of the few layers below it is carried on from it.
+    """
+    low, high = max(first - 5, 0), first - 1
+    if high <= low or not 0 < peaks[low] < peaks[high]:
+        return peaks[first]
+    growth = math.log(peaks[high] / peaks[low]) / (high - low)
+    return peaks[first] * math.exp(min(growth * (max(peaks) - first), 700.0))
 
 
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
