@@ -73,6 +73,9 @@ class MeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MEFT
+        # Where this object came from and went, which is not saved.
+        self.loaded_from: str | None = None
+        self.injected = False
         if isinstance(self.output, list):
             self.output = tuple(self.output)
         check_choice("coupling", self.coupling, (*COUPLINGS, ADAPTER_ONLY))

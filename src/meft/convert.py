@@ -162,6 +162,7 @@ def make_reversible(
     _install_recording(model)
     for stack, segment in zip(stacks, segments, strict=True):
         prepare_stack(stack, segment)
+        _freeze(stack, segment)
         for index, layer in enumerate(stack.layers):
             stack.layers[index] = ReversibleLayer(layer, segment, index)
     return model
@@ -190,29 +191,32 @@ def restore(model: nn.Module) -> nn.Module:
         )
     for container, index, layer in wrapped:
         undo(layer._placement.segment)
-        layer.pretrained.train(layer.training)
+        layer.pretrained.training = layer.training
         container[index] = layer.pretrained
     return model
 
 
 def prepare_stack(stack: Stack, segment: Segment) -> None:
     """Changes what would go wrong in a reversible stack, and notes it in the segment for `undo`."""
-    if getattr(stack.parent, "layerdrop", 0):
-        logger.warning_once(
-            f"Layer drop ({stack.parent.layerdrop}) skips layers, which a reversible stack cannot: it was set to 0."
-        )
+    layerdrop = getattr(stack.parent, "layerdrop", 0.0)
+    if layerdrop and segment.plan.coupling is not None:
+        logger.warning_once(f"Layer drop ({layerdrop}) skips layers, which a reversible stack cannot: it was set to 0.")
         _change(segment, stack.parent, "layerdrop", 0.0)
+
+
+def undo(segment: Segment) -> None:
+    """Takes back what conversion changed besides the layers."""
+    while segment.changes:
+        target, attribute, before = segment.changes.pop()
+        setattr(target, attribute, before)
+
+
+def _freeze(stack: Stack, segment: Segment) -> None:
+    """Spares the optimizer parameters that get no gradient; PEFT freezes a base model by itself."""
     for layer in stack.layers[: segment.plan.frozen_layers]:
         for parameter in pretrained_of(layer).parameters():
             if parameter.requires_grad:
                 _change(segment, parameter, "requires_grad", False)
-
-
-def undo(segment: Segment) -> None:
-    """Takes back what `prepare_stack` changed."""
-    while segment.changes:
-        target, attribute, before = segment.changes.pop()
-        setattr(target, attribute, before)
 
 
 def pretrained_of(layer: nn.Module) -> nn.Module:

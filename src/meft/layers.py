@@ -70,7 +70,7 @@ class Segment:
                 f"{self.model} called {self.name}.{index} after {reached}, but a reversible stack runs every layer "
                 "once, in order. Models that skip or repeat layers cannot be made reversible."
             )
-        if not tape.passed_on(hidden):
+        if not (tape.passed_on(hidden) and _followed(tape, hidden)):
             raise UnsupportedModelError(
                 f"{self.model} changes the hidden state between {self.name}.{index - 1} and {self.name}.{index}: layer "
                 f"{index} was given another tensor (shape {tuple(hidden.shape)}) than layer {index - 1} returned, or "
@@ -158,12 +158,15 @@ class ReversibleLayer(nn.Module):
                 raise
             return getattr(self.pretrained, name)
 
+    # A compiler cannot trace the tape, which outlives the call: layers break its graph and run as they are.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         placement = self.placement()
         if placement is None:
             return self.pretrained(*args, **kwargs)
-        self._switch_off_checkpointing()
         segment, index = placement.segment, placement.index
+        if segment.plan.coupling is not None or segment.frozen(index):
+            self._switch_off_checkpointing()
         if getattr(self, "_is_replica", False):
             raise UnsupportedModelError(
                 f"{segment.name}.{index} of {segment.model} runs under torch.nn.DataParallel, whose replicas have no "
@@ -204,8 +207,18 @@ class ReversibleLayer(nn.Module):
 
     def _uncoupled(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The ordinary layer with the same adapters: f beside its feed-forward, g behind the layer."""
-        hidden = self._whole(placement, placement.f)(hidden, args, kwargs)
-        return hidden if placement.g is None else hidden + placement.g(hidden)
+        layer = self._whole(placement, placement.f)
+
+        def run(hidden: Tensor) -> Tensor:
+            hidden = layer(hidden, args, kwargs)
+            return hidden if placement.g is None else hidden + placement.g(hidden)
+
+        if getattr(self.pretrained, "gradient_checkpointing", False):
+            # Its own would leave the adapters out of what is run again.
+            self.gradient_checkpointing, self.pretrained.gradient_checkpointing = True, False
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(run, hidden)
+        return run(hidden)
 
     def _layer(self, placement: Placement, args: tuple, kwargs: dict[str, Any]) -> Layer:
         """Describes this call to the engine."""
@@ -295,6 +308,19 @@ class ReversibleLayer(nn.Module):
                 "Gradient checkpointing is redundant on reversible layers, which keep no activations, and was switched "
                 "off for them."
             )
+
+
+def _followed(tape: Tape, hidden: Tensor) -> bool:
+    """Puts the alias that a hook returned in the place of the visible hidden state; False if it was detached.
+
+    Hooks on the gradient of a layer's output (FSDP, full backward hooks) hang on the alias.
+    """
+    newest, handles = tape.coupling.newest, list(tape.live_handles())
+    if hidden.requires_grad != handles[newest].requires_grad:
+        return False
+    handles[newest] = hidden
+    tape.handles = (handles[0], handles[1])
+    return True
 
 
 def _name(placement: Placement) -> str:

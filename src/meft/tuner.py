@@ -6,7 +6,8 @@ them is what the couplings see.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,8 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.meft_places: dict[str, tuple[Segment, int, Callable[[Tensor], Tensor], float]] = {}
+        # Those of deleted adapters too: what they changed is taken back when the layer is.
+        self.segments: list[Segment] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.merged_adapters: list[str] = []
@@ -67,14 +70,15 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
     def update_layer(self, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int) -> None:
         """Adds an adapter to this layer; a frozen layer gets none."""
         self.meft_places[adapter_name] = (segment, index, _activation(stack), _dropout(stack))
+        self.segments.append(segment)
         if segment.frozen(index):
             return
         # The parallel adapter must have a place before anything is changed.
         feed_forward_of(self.base_layer, f"{segment.name}.{index} of {segment.model}")
         for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
             down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
-            getattr(self, f"meft_{function}_down")[adapter_name] = down
-            getattr(self, f"meft_{function}_up")[adapter_name] = up
+            getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
+            getattr(self, f"meft_{function}_up")[adapter_name] = up.to(self._reference().dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def placement(self) -> Placement | None:
@@ -104,16 +108,21 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
             return None
         return Bottleneck(down[adapter_name], up[adapter_name], activation, dropout, self)
 
+    def _reference(self) -> Tensor:
+        """The parameter whose device and dtype adapters follow: a whole layer has no weight of its own."""
+        return next(parameter for parameter in self.base_layer.parameters() if parameter.is_floating_point())
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, but from any floating parameter: a whole layer has no weight of its own."""
-        reference = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
+        """As PEFT's, which calls it on weights it has just loaded as well: those are never rounded."""
+        reference = self._reference()
         for name in self.adapter_layer_names:
             projections = getattr(self, name)
-            if adapter_name not in projections or reference is None:
+            if adapter_name not in projections:
                 continue
-            if any(parameter.is_meta for parameter in projections[adapter_name].parameters()):
-                continue
-            projections[adapter_name].to(device or reference.device, reference.dtype)
+            projection = projections[adapter_name]
+            if not any(parameter.is_meta for parameter in projection.parameters()):
+                dtype = torch.promote_types(reference.dtype, projection.weight.dtype)
+                projection.to(device or reference.device, dtype)
 
 
 class MeftModel(BaseTuner):
@@ -173,9 +182,19 @@ class MeftModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own reads `weight` of the layers, which whole layers lack."""
         if isinstance(child, MeftLayer):
-            for segment, *_ in child.meft_places.values():
+            for segment in child.segments:
                 undo(segment)
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT runs every call within this; for other methods it gives each row of a batch its own adapter."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                f"adapter_names={kwargs['adapter_names']!r} asks for another adapter in each row of the batch, but two "
+                "streams follow one coupling. Run the model once for each adapter, after model.set_adapter(...)."
+            )
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise _cannot_merge()
@@ -195,14 +214,14 @@ class MeftModel(BaseTuner):
             }
             for stack in stacks
         ]
-        loaded_from = getattr(config, "loaded_from", None)
-        if loaded_from is not None and config.base_layers not in (None, found):
+        # A configuration that was injected before may serve another model; one that was saved may not.
+        if config.base_layers not in (None, found) and not config.injected:
             raise CheckpointError(
-                f"The adapter in {loaded_from} was made for another base model: for {_described(config.base_layers)}, "
-                f"but {type(self.model).__name__} has {_described(found)}. Load it on its own base model "
-                f"({config.base_model_name_or_path})."
+                f"The adapter in {config.loaded_from or 'this configuration'} was made for another base model: for "
+                f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load it "
+                f"on its own base model ({config.base_model_name_or_path})."
             )
-        config.base_layers = found
+        config.base_layers, config.injected = found, True
 
 
 def _check_single(adapter_names: list[str]) -> None:
