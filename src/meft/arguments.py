@@ -1,0 +1,298 @@
+"""The arguments of `meft train` and `meft evaluate`, from the command line, a YAML or JSON file, or both.
+
+A file is turned into command-line words that stand before the ones typed. So both pass through the same parser, a
+word typed later wins, and `5e-5`, which YAML reads as a string, becomes the number that was meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from meft.errors import ConfigError
+from meft.methods import MethodOptions
+from meft.tasks import FileOptions
+
+
+def _option(help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """The pretrained model."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "A model's folder or its name on the hub."})
+    config_name: str | None = _option("Another configuration than the model's own: a folder or a name on the hub.")
+    tokenizer_name: str | None = _option("Another tokenizer than the model's own: a folder or a name on the hub.")
+    cache_dir: str | None = _option("Where what comes from the hub is kept.")
+    revision: str = _option("The version of a model on the hub: a branch, a tag or a commit.", "main")
+    trust_remote_code: bool = _option("Run model code that comes with the model, from the hub or its folder.", False)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
+        "Data type of the weights; auto takes what the checkpoint has. For mixed precision leave float32 and give "
+        "--bf16 or --fp16.",
+        "float32",
+    )
+    attn_implementation: str | None = _option("The attention of Transformers: eager, sdpa, flash_attention_2, ...")
+    ignore_mismatched_sizes: bool = _option("Start a task head of another size than this task's anew.", False)
+
+
+@dataclass
+class DataArguments:
+    """The task: one of GLUE's, or the user's own files."""
+
+    _argument_group_name = "data"
+
+    task: str | None = _option("A task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
+    data_dir: str | None = _option("The task's official folder or its parent. Left out: GLUE from the hub.")
+    train_file: str | None = _option("Your own training rows: .csv, .tsv (read without quoting) or .jsonl.")
+    validation_file: str | None = _option("Your own validation rows.")
+    test_file: str | None = _option("Your own test rows; labels are optional.")
+    text_column: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "The column of the text in your files, or two columns for pairs."},
+    )
+    label_column: str = _option("The column of the label in your files.", "label")
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "All labels of your files, in the order of the model's outputs."}
+    )
+    num_labels: int | None = _option("Your labels are the numbers 0 to num_labels - 1.")
+    regression: bool = _option("Your labels are numbers to be predicted, not classes.", False)
+    max_seq_length: int | None = _option("Longer texts are cut to this many tokens. Left out: what the model takes.")
+    max_train_samples: int | None = _option("Train on the first this many rows only.")
+    max_eval_samples: int | None = _option("Evaluate on the first this many rows only.")
+    preprocessing_num_workers: int | None = _option("Processes to tokenize with.")
+
+    def file_options(self, labels: Sequence[str] | None = None) -> FileOptions:
+        """The columns and labels of the user's own files; `labels` are those that a model has learnt."""
+        names = self.labels or labels
+        if self.num_labels is not None:
+            if self.labels or self.regression or self.num_labels < 2:
+                raise ConfigError(
+                    f"num_labels is {self.num_labels}; it must be at least 2 and stand without --labels and "
+                    "--regression."
+                )
+            names = [str(index) for index in range(self.num_labels)]
+        chosen = tuple(names) if names and not self.regression else None
+        return FileOptions(tuple(self.text_column), self.label_column, chosen, self.regression)
+
+    def check_source(self, splits: Iterable[str]) -> None:
+        """Refuses anything but one source of rows for each of the splits.
+
+        Raises:
+            ConfigError: There is no source, there are two, or a number of rows is not positive.
+        """
+        files = {name: getattr(self, f"{name}_file") for name in ("train", "validation", "test")}
+        given = [f"--{name}_file" for name, path in files.items() if path]
+        if self.task and given:
+            raise ConfigError(f"--task {self.task} stands beside {', '.join(given)}; give one of the two.")
+        if not self.task and self.data_dir:
+            raise ConfigError(f"--data_dir {self.data_dir} stands without --task; name the GLUE task, --task rte say.")
+        missing = [f"--{split}_file" for split in splits if not files[split]]
+        if not self.task and missing:
+            raise ConfigError(
+                f"There is no data: give --task with a task of GLUE, or your own rows with {' and '.join(missing)}."
+            )
+        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1. Leave it out for no limit.")
+
+
+@dataclass
+class MeftArguments:
+    """How to fine-tune."""
+
+    _argument_group_name = "method"
+
+    method: str = _option("full, lora, adapter, meft1, meft2, meft3 or momentum.", "meft1")
+    bottleneck_dim: int = _option("Width of the bottleneck adapters.", 8)
+    lora_rank: int = _option("Rank of LoRA's updates.", 8)
+    lora_alpha: int = _option("LoRA scales its update by lora_alpha / lora_rank.", 16)
+    lora_dropout: float = _option("Dropout on the input of LoRA's updates.", 0.0)
+    lam: float | None = _option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
+    beta: float | None = _option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
+    gamma: float | None = _option("Factor of the momentum (momentum). Left out: 0.25.")
+    output: str | None = _option("What leaves the layers: mean, newest, or sum:0.1. Left out: the method's own.")
+    arithmetic: Literal["exact", "float"] | None = _option("exact rebuilds activations bit for bit; float drifts.")
+    backward: Literal["reversible", "cached"] | None = _option("cached keeps the activations: for comparison.")
+    fraction_bits: int | None = _option("Precision of the exact arithmetic: its step is 2 to the minus this.")
+    frozen_layers: int = _option("This many of the lowest layers are left as they are, without adapters.", 0)
+    cached_layers: int = _option("This many of the last layers keep their activations.", 0)
+    drift_tolerance: float | None = _option("Float arithmetic warns past this relative error of a rebuilt input.")
+    anchor_every: int | None = _option("Keep the streams every so many layers, for kernels that do not repeat.")
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved beside the adapter and the task head."}
+    )
+
+    def options(self) -> MethodOptions:
+        """The same as `meft.methods` takes them."""
+        values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
+        values["output"] = _parse_output(self.output)
+        values["modules_to_save"] = tuple(self.modules_to_save) if self.modules_to_save else None
+        return MethodOptions(**values)
+
+
+@dataclass
+class RunArguments:
+    """The output folder and what is measured."""
+
+    _argument_group_name = "run"
+
+    resume: Literal["auto", "never"] = _option(
+        "auto goes on from the newest checkpoint when output_dir holds an unfinished run of the same arguments.", "auto"
+    )
+    overwrite_run: bool = _option("Move a run that output_dir holds aside (nothing is deleted) and start anew.", False)
+    measure_steps: int = _option(
+        "Before training, time this many steps against full fine-tuning and measure the peak memory of one. "
+        "0 measures nothing.",
+        5,
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """What `meft evaluate` reads and writes."""
+
+    _argument_group_name = "evaluation"
+
+    base_model_name_or_path: str | None = _option("An adapter's base model, when it is no longer where it was.")
+    split: Literal["validation", "test"] = _option("The rows to evaluate on.", "validation")
+    results_file: str | None = _option("Write the metrics to this JSON file.")
+    predictions_file: str | None = _option("Write the predictions to this tab-separated file.")
+
+
+class TrainerArguments(TrainingArguments):
+    """The Trainer's own arguments, as Transformers documents them."""
+
+    _argument_group_name = "Trainer of Transformers"
+
+    def __post_init__(self) -> None:
+        self.output_dir_given = self.output_dir is not None
+        super().__post_init__()
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+# Every --long_name may also be written --long-name, which argparse adds to its messages.
+_ALIAS = re.compile(r"(?<=\w)/--[\w-]+")
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    """One name an argument, without the hyphenated alias, the name in capitals, and defaults of None."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+        return next(name for name in action.option_strings if name.startswith("--")) + choices
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        message = _ALIAS.sub("", message)
+        raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def parse(
+    types: Sequence[Any], argv: Sequence[str], *, command: str, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """Builds one instance of each dataclass from the words after `meft train` or `meft evaluate`.
+
+    Args:
+        types: Dataclasses of arguments; no two share a name.
+        argv: `[file.yaml] [--name value ...]`.
+        command: `"train"` or `"evaluate"`, for messages.
+        defaults: Values that stand in for words that are neither in the file nor typed.
+
+    Raises:
+        ConfigError: An argument is unknown, missing, has no valid value or does not go with another.
+    """
+    usage = f"meft {command} [arguments.yaml] --model_name_or_path MODEL [--name value ...]"
+    parser = _Parser(list(types), prog=f"meft {command}", usage=usage, allow_abbrev=False, formatter_class=_Help)
+    words = list(argv)
+    from_file: list[str] = []
+    if words and not words[0].startswith("-"):
+        from_file = _as_words(_read_mapping(Path(words[0])), types, words[0])
+        words = words[1:]
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            [*_as_words(defaults or {}, types, "defaults"), *from_file, *words],
+            return_remaining_strings=True,
+            look_for_args_file=False,
+        )
+    except (ValueError, ImportError) as error:
+        # The Trainer's arguments check one another when they are built.
+        if isinstance(error, ConfigError):
+            raise
+        message = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"{message}. See {parser.prog} --help.") from error
+    if unknown:
+        raise ConfigError(f"Unknown argument {unknown[0]!r}.{_suggestion(unknown[0].lstrip('-'), types)}")
+    return tuple(parsed)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, where `save_strategy: no` is the word that it looks like: only true and false are booleans."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|false|False"), list("tTfF"))
+
+
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{str(path)!r} is no file. Arguments are given as --name value, or in a YAML or JSON file.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; it must hold lines such as 'method: meft1'.")
+    return content
+
+
+def _as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> list[str]:
+    known = {name.name for kind in types for name in fields(kind) if name.init}
+    words: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{source} has the unknown key {key!r}.{_suggestion(name, types)}")
+        if value is None:
+            continue
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)] if value else []
+        else:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def _suggestion(name: str, types: Sequence[type]) -> str:
+    known = [entry.name for kind in types for entry in fields(kind) if entry.init]
+    close = get_close_matches(name.split("=")[0].replace("-", "_"), known, n=1)
+    return f" Did you mean --{close[0]}?" if close else " --help lists the arguments."
+
+
+def _parse_output(value: str | None) -> str | tuple[str, float] | None:
+    if value is None or not value.startswith("sum"):
+        return value
+    try:
+        return "sum", float(value.removeprefix("sum").lstrip(":= "))
+    except ValueError:
+        raise ConfigError(f"output is {value!r}; it must be mean, newest, or sum:s with a number s.") from None

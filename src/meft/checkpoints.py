@@ -1,0 +1,172 @@
+"""Checkpoints that are whole or absent, and a Trainer that writes them.
+
+The Trainer of Transformers writes a checkpoint in place, file by file: a process killed in the middle leaves a folder
+that looks like the newest checkpoint and cannot be resumed from. Here it writes into a staging folder, which is given
+a manifest of its files and sizes, forced to disk and renamed. Older checkpoints are removed after that, never before.
+A checkpoint counts as complete when every file of its manifest is there in full; that also recognises one that was
+half removed or damaged later.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from meft.errors import CheckpointError
+from meft.loading import quiet_transformers
+from meft.storage import STAGING_PREFIX, publish_folder, read_json, staged, write_json
+
+MANIFEST = "checkpoint.json"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def write_manifest(folder: Path, *, resumable: bool) -> None:
+    """Records the name and size in bytes of every file in `folder`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_json(folder / MANIFEST, {"resumable": resumable, "files": sizes})
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuses a folder that cannot be resumed from.
+
+    Raises:
+        CheckpointError: The folder or its manifest is missing, a file of it is missing or has another size than when
+            it was written, or it holds the weights only.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        state = f"has no {MANIFEST}, so it is no complete checkpoint of meft" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"{folder} {state}. Give a folder named {PREFIX_CHECKPOINT_DIR}-<step> of a run.")
+    content = read_json(manifest)
+    for name, expected in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing from its checkpoint. Resume from an earlier checkpoint.")
+        actual = path.stat().st_size
+        if actual != expected:
+            raise CheckpointError(
+                f"{path} has {actual} bytes, {expected} were written. Copy it again or resume from an earlier "
+                "checkpoint."
+            )
+    if not content["resumable"]:
+        raise CheckpointError(
+            f"{folder} holds the weights only (--save_only_model), so training cannot go on from it as if it had "
+            "never stopped. Start anew with --resume never."
+        )
+
+
+def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed from, and why each newer one cannot."""
+    found = {int(match[1]): path for path in run_folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    reasons = []
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            check_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+        else:
+            return path, reasons
+    return None, reasons
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or absent.
+
+    Args:
+        before_training: Called with the model when it is ready for its first step, before the Trainer's clock starts.
+        extra_files: Called with the folder of every checkpoint, to write files of the run's own into it.
+        *args: As for `transformers.Trainer`.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        before_training: Callable[[Any], None] | None = None,
+        extra_files: Callable[[Path], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._before_training = before_training
+        self._extra_files = extra_files
+        self._staging: Path | None = None
+
+    def train_or_restore(self, checkpoint: Path | None) -> None:
+        """Trains from `checkpoint` on; one that stands at the last step is only loaded.
+
+        The Trainer's loop, given such a checkpoint, would train one step more in the middle of an epoch.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(os.fspath(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=os.fspath(checkpoint))
+            return
+        self.state = state
+        self._load_from_checkpoint(os.fspath(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._before_training is not None:
+            self._before_training(self.model)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, without a progress bar of its own inside that of the training."""
+        with quiet_transformers():
+            super().save_model(output_dir, _internal_call)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            with staged(run_folder, name) as staging:
+                self._write_checkpoint(model, trial, staging, run_folder / name)
+        else:
+            self._write_checkpoint(model, trial, run_folder / f"{STAGING_PREFIX}{name}", run_folder / name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _write_checkpoint(self, model: Any, trial: Any, staging: Path, place: Path) -> None:
+        """Every process writes its part into `staging`; the one that saves renames it to `place`."""
+        # The limit and the upload concern the finished checkpoint, so both are kept from the Trainer while it writes.
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self._staging, self.args.save_total_limit, self.args.push_to_hub = staging, None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.args.save_total_limit, self.args.push_to_hub = None, limit, push
+        self.accelerator.wait_for_everyone()
+        # The Trainer looked for the best checkpoint inside the staging folder.
+        best = place.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == place or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            written = staging / place.name
+            self.state.save_to_json(os.fspath(written / TRAINER_STATE_NAME))
+            if self._extra_files is not None:
+                self._extra_files(written)
+            write_manifest(written, resumable=not self.args.save_only_model)
+            publish_folder(written, place)
+        self.accelerator.wait_for_everyone()

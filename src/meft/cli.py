@@ -1,0 +1,124 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from meft.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MeftError,
+    OutputFolderError,
+    UnsupportedModelError,
+)
+
+BAD_INPUT = (ConfigError, DataError, CheckpointError, OutputFolderError, UnsupportedModelError)
+# These commands hand their words on to the parser of Transformers, which knows the Trainer's arguments.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="meft",
+    help="Memory-efficient fine-tuning of pretrained transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C in a training; of its own kind because typer makes `Aborted!` of a KeyboardInterrupt."""
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Fine-tune a model on a task of GLUE or on your own files."""
+    from meft.arguments import parse
+    from meft.results import summary_table
+    from meft.training import TRAIN_TYPES
+    from meft.training import train as run
+
+    arguments = parse(TRAIN_TYPES, context.args, command="train")
+    try:
+        found = run(*arguments, command=_command(context), say=_say)
+    except KeyboardInterrupt:
+        raise _InterruptedError from None
+    if arguments[-1].process_index == 0:
+        Console().print(summary_table(found))
+        _say(f"Saved to {arguments[-1].output_dir}")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Score a trained model or adapter."""
+    from meft.evaluation import evaluate as run
+    from meft.evaluation import parse_evaluation
+    from meft.results import metrics_table
+
+    arguments = parse_evaluation(context.args)
+    metrics = run(*arguments, say=_say)
+    if metrics:
+        Console().print(metrics_table(metrics, title=arguments[0].model_name_or_path))
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    output_dir: Annotated[str, typer.Option("--output_dir", help="Folder for the table and the figure.")] = "demo",
+    methods: Annotated[str, typer.Option("--methods", help="Which methods to run, separated by blanks.")] = "",
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of each method; 0 for the usual.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
+) -> None:
+    """Train a real BERT on your own Python library by every method side by side; needs no network."""
+    from meft.demo import run
+
+    chosen: dict[str, Any] = {"methods": methods.split()} if methods else {}
+    chosen |= {"steps": steps} if steps else {}
+    run(output_dir, seed=seed, command=_command(context), **chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `meft` and exits: 0 when all went well, 2 for bad input, 1 for any other failure, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in words or os.environ.get("MEFT_TRACEBACK", "0") not in ("", "0")
+    words = [word for word in words if word != "--traceback"]
+    _quiet_libraries()
+    try:
+        app(args=words, prog_name="meft", obj=words)
+    except (MeftError, OSError) as error:
+        if show_traceback:
+            raise
+        _complain(error)
+        sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
+    except _InterruptedError:
+        _complain("Interrupted. The same command goes on from the newest checkpoint.")
+        sys.exit(130)
+
+
+def _command(context: typer.Context) -> str:
+    return shlex.join(["meft", *context.obj])
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _complain(problem: Any) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print("Error: ", style="bold red", end="")
+    console.print(str(problem), markup=False, soft_wrap=True)
+
+
+def _quiet_libraries() -> None:
+    """Shows warnings as one sentence, and not at all where they speak to the developers of other libraries."""
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")

@@ -1,0 +1,133 @@
+"""What one training step costs: its peak memory, and its time as a ratio to another way of training.
+
+Memory is a property of the step; time is one of the machine and its load, so it is only quoted against a reference
+whose steps alternate with ours in the same process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft.memory.measure import measure
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The costs of a forward and backward pass over one batch; the optimizer is not part of it.
+
+    Attributes:
+        rows, tokens: Shape of the batch.
+        steps: How many steps the times are medians of.
+        peak_activation_bytes: Peak live bytes above what was live before, gradients of the weights left out.
+        step_seconds: Median time of a step.
+        reference: What the ratio is a ratio to. `None`: nothing was measured beside the step.
+        reference_peak_activation_bytes, reference_step_seconds: The same of the reference.
+    """
+
+    rows: int
+    tokens: int
+    steps: int
+    peak_activation_bytes: int
+    step_seconds: float
+    reference: str | None = None
+    reference_peak_activation_bytes: int | None = None
+    reference_step_seconds: float | None = None
+
+    @property
+    def step_time_ratio(self) -> float | None:
+        """Time of a step over that of the reference."""
+        return None if self.reference_step_seconds is None else self.step_seconds / self.reference_step_seconds
+
+
+def measure_costs(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    steps: int,
+    reference: Callable[[], nn.Module] | None = None,
+    reference_name: str | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> StepCosts:
+    """Measures steps of `model` on `batch`, and leaves its gradients, its mode and every generator as they were.
+
+    Args:
+        model: The model as it will be trained.
+        batch: Its inputs and labels on its device.
+        steps: How many steps to time, one of the model and one of the reference in turn.
+        reference: Builds the model to compare with, on the same device; it is dropped afterwards. Where it does not
+            fit into the device's memory, nothing is compared: what is measured may be the only way that does.
+        reference_name: What to call it.
+        autocast: The context that the steps run in.
+    """
+    with _unchanged(model):
+        steppers = [_Stepper(model.train(), batch, autocast)]
+        peaks = [steppers[0].peak()]
+        if reference is not None:
+            with suppress(torch.OutOfMemoryError):
+                other = _Stepper(reference().train(), batch, autocast)
+                peaks.append(other.peak())
+                steppers.append(other)
+        times = [[stepper.seconds() for stepper in steppers] for _ in range(steps)]
+    ours, *others = zip(peaks, map(median, zip(*times, strict=True)), strict=True)
+    theirs = others[0] if others else (None, None)
+    rows, tokens = batch["input_ids"].shape
+    return StepCosts(rows, tokens, steps, *ours, reference_name if others else None, *theirs)
+
+
+class _Stepper:
+    """Forward and backward passes of one model over one batch."""
+
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.model, self.batch, self.autocast = model, batch, autocast
+
+    def peak(self) -> int:
+        """Peak activation bytes of a step."""
+        self._drop_gradients()
+        self._step()  # a first step allocates what later ones find ready
+        self._drop_gradients()
+        return measure(self._step, model=self.model).activation_peak_bytes
+
+    def seconds(self) -> float:
+        """Time of a step."""
+        self._drop_gradients()
+        self._synchronize()
+        start = time.perf_counter()
+        self._step()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _step(self) -> None:
+        with self.autocast():
+            loss = self.model(**self.batch).loss
+        loss.backward()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _synchronize(self) -> None:
+        if next(iter(self.batch.values())).is_cuda:
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    training = model.training
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            model.train(training)
