@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import meft
 import models
@@ -124,3 +125,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     yield
     assert anatomy(model) == before
     assert_equal(model.state_dict(), weights)
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=models.VOCABULARY, max_position_embeddings=24, **sizes, **options))
+
+
+def neox() -> GPTNeoXForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(vocab_size=models.VOCABULARY, max_position_embeddings=24, hidden_dropout=0.1, **sizes)
+    return GPTNeoXForCausalLM(config)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from meft.arguments import DataArguments, MeftArguments, parse
 from meft.errors import ConfigError
 from meft.training import TRAIN_TYPES
+from meft.training.arguments import DataArguments, MeftArguments, parse
 
 REQUIRED = "--model_name_or_path=m"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from meft.checkpoints import check_checkpoint, newest_complete, write_manifest
 from meft.errors import CheckpointError
+from meft.training.checkpoints import check_checkpoint, newest_complete, write_manifest
 from tiny import make_model, make_rte, train
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from meft.costs import measure_costs
 from meft.memory import measure
+from meft.training.costs import measure_costs
 from models import batch, build
 
 

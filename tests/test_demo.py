@@ -6,14 +6,16 @@ import random
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from meft import demo_training
 from meft.demo import DEFAULT_METHODS, packaged_model, run
-from meft.demo_report import FIGURE_FILE, KIND, RESULTS_FILE, draw, table
-from meft.demo_training import LEARNING_RATES
+from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, draw, table
+from meft.demo.training import LEARNING_RATES
 from meft.errors import ConfigError, MeftError, OutputFolderError
 from meft.methods import METHODS
 from meft.tasks.docstrings import Docstrings, Example
@@ -22,19 +24,17 @@ from tiny import WORDS, make_model
 STEPS = 3
 
 
-def make_task(left_out: dict[str, int] | None = None) -> Docstrings:
-    """Texts with one word that says their label, among others."""
+def make_task(labels: int = 3, left_out: dict[str, int] | None = None) -> Docstrings:
+    """Texts full of one word that says their label."""
     generator = random.Random(0)
-    cues, others = WORDS[:3], WORDS[3:]
 
     def text(label: int) -> str:
-        words = [cues[label], cues[label], *generator.sample(others, 3)]
-        return " ".join(generator.sample(words, len(words)))
+        return " ".join([WORDS[label]] * 4 + [generator.choice(WORDS[3:])])
 
     def side(number: int, file: str) -> tuple[Example, ...]:
-        return tuple(Example(text(i % 3), i % 3, file) for i in range(number))
+        return tuple(Example(text(i % labels), i % labels, file) for i in range(number))
 
-    return Docstrings(("files", "numbers", "text"), side(24, "a.py"), side(9, "b.py"), left_out or {})
+    return Docstrings(("files", "numbers", "text")[:labels], side(24, "a.py"), side(9, "b.py"), left_out or {})
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_every_method_is_trained_scored_and_measured(
 
 def test_what_was_learned_is_scored(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LEARNING_RATES, "full", 1e-2)
-    task = make_task()
+    task = make_task(labels=2)
     known = dataclasses.replace(task, validation=task.train)
     wrong = dataclasses.replace(
-        task, validation=tuple(dataclasses.replace(row, label=(row.label + 1) % 3) for row in task.train)
+        task, validation=tuple(dataclasses.replace(row, label=1 - row.label) for row in task.train)
     )
     found = demo(model, tmp_path / "known", methods=("full",), steps=80, batch_size=12, task=known)
     assert found["methods"][0]["losses"][-1] < 0.5 * found["methods"][0]["losses"][0]
@@ -111,6 +111,36 @@ def test_a_result_does_not_depend_on_the_companions(model: Path, tmp_path: Path)
     assert alone == losses("again", "meft1")
     assert alone == losses("beside", "full", "meft1", "lora")
     assert alone != losses("seed", "meft1", seed=1)
+
+
+def test_whose_step_comes_first_changes_with_every_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    plain = demo_training._train_step
+
+    def recorded(entrant: demo_training.Entrant, batch: dict[str, torch.Tensor]) -> None:
+        order.append(entrant.method)
+        plain(entrant, batch)
+
+    monkeypatch.setattr(demo_training, "_train_step", recorded)
+    demo(model, tmp_path / "out", methods=("full", "lora", "meft1"), steps=3)
+    assert order == ["full", "lora", "meft1", "lora", "meft1", "full", "meft1", "full", "lora"]
+
+
+def test_models_are_scored_without_dropout_and_go_on_with_it() -> None:
+    class Head(torch.nn.Module):
+        modes: ClassVar[list[bool]] = []
+
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+            self.modes.append(self.training)
+            return SimpleNamespace(logits=logits)
+
+    head = Head().train()
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert demo_training._count_correct(head, {"logits": logits, "labels": torch.tensor([0, 1, 1])}) == 2
+    assert head.modes == [False]
+    assert head.training
 
 
 def test_without_full_there_is_no_ratio(model: Path, tmp_path: Path) -> None:

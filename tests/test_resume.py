@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from meft.checkpoints import check_checkpoint
+from meft.training.checkpoints import check_checkpoint
 from tiny import MOMENTS, hidden_files, make_model, make_rte, train, train_and_die
 
 # Two epochs of five optimizer steps, each of two batches of two rows; checkpoints fall inside and between epochs.

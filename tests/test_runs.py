@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from meft.errors import OutputFolderError
-from meft.runs import claimed, inspect_folder
 from meft.storage import read_json, write_json
+from meft.training.runs import claimed, inspect_folder
 from tiny import hold_a_claim
 
 ARGUMENTS = {"method": "lora", "learning_rate": 0.1, "output_dir": "a", "logging_steps": 5}

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from meft import loading
 from meft.errors import CheckpointError, ConfigError, DataError, OutputFolderError, UnsupportedModelError
 from meft.methods import METHODS
+from meft.training import loading
 from tiny import evaluate, make_model, make_rte, make_tokenizer, train
 
 STEPS = ["--max_steps=3", "--learning_rate=0.01", "--per_device_train_batch_size=4"]
@@ -418,9 +418,9 @@ class TestOutputFolder:
         assert {path.read_bytes() for path in aside.rglob("*") if path.is_file()} == set(before.values())
 
     def test_default(self, model: Path, rte: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from meft.arguments import parse
         from meft.training import TRAIN_TYPES
         from meft.training import train as run_training
+        from meft.training.arguments import parse
 
         monkeypatch.chdir(tmp_path)
         words = [f"--model_name_or_path={model}", *rte, "--method=lora", "--use_cpu=true", "--disable_tqdm=true"]

@@ -100,9 +100,9 @@ def train(
     model: Path, data: Sequence[str], run: Path, *words: str, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """`meft train` in this process, without measuring and without progress bars."""
-    from meft.arguments import parse
     from meft.training import TRAIN_TYPES
     from meft.training import train as run_training
+    from meft.training.arguments import parse
 
     fixed = ["--measure_steps=0", "--disable_tqdm=true", "--report_to=none", "--use_cpu=true", "--save_strategy=no"]
     argv = [f"--model_name_or_path={model}", f"--output_dir={run}", *data, *fixed, *words]
@@ -111,8 +111,8 @@ def train(
 
 def evaluate(model: Path, *words: str, say: Callable[[str], None] = print) -> dict[str, float | None]:
     """`meft evaluate` in this process."""
-    from meft.evaluation import evaluate as run_evaluation
-    from meft.evaluation import parse_evaluation
+    from meft.training.evaluation import evaluate as run_evaluation
+    from meft.training.evaluation import parse_evaluation
 
     argv = [f"--model_name_or_path={model}", "--disable_tqdm=true", "--report_to=none", "--use_cpu=true", *words]
     return run_evaluation(*parse_evaluation(argv), say=say)
@@ -130,7 +130,7 @@ def _die(*_: Any, **__: Any) -> None:
 
 
 def _die_in_a_step() -> None:
-    from meft.checkpoints import CheckpointingTrainer as Trainer
+    from meft.training.checkpoints import CheckpointingTrainer as Trainer
 
     step = Trainer.training_step
 
@@ -142,7 +142,7 @@ def _die_in_a_step() -> None:
 
 def _die_writing_a_checkpoint() -> None:
     """With the weights and the optimizer on disk, and neither generators nor state."""
-    from meft.checkpoints import CheckpointingTrainer as Trainer
+    from meft.training.checkpoints import CheckpointingTrainer as Trainer
 
     save = Trainer._save_rng_state
 
@@ -153,7 +153,7 @@ def _die_writing_a_checkpoint() -> None:
 
 
 def _die_before_the_rename() -> None:
-    from meft import checkpoints
+    from meft.training import checkpoints
 
     publish = checkpoints.publish_folder
 
@@ -207,7 +207,7 @@ def hidden_files(folder: Path) -> list[str]:
 
 def hold_a_claim(folder: Path, holding: Any, release: Any) -> None:
     """Claims an output folder until told to stop; for a process of its own."""
-    from meft.runs import claimed
+    from meft.training.runs import claimed
 
     with claimed(folder, "resume", {}, ""):
         holding.set()

@@ -14,6 +14,7 @@ from .convert import make_reversible, restore
 from .errors import MeftError
 from .memory import MemoryReport, measure
 from .tuner import MeftLayer, MeftModel, register
+from .verify import VerifyReport, verify
 from .version import __version__
 
 register()
@@ -24,9 +25,11 @@ __all__ = [
     "MeftLayer",
     "MeftModel",
     "MemoryReport",
+    "VerifyReport",
     "__version__",
     "errors",
     "make_reversible",
     "measure",
     "restore",
+    "verify",
 ]

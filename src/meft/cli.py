@@ -41,10 +41,10 @@ class _InterruptedError(Exception):
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Fine-tune a model on a task of GLUE or on your own files."""
-    from meft.arguments import parse
     from meft.results import summary_table
     from meft.training import TRAIN_TYPES
     from meft.training import train as run
+    from meft.training.arguments import parse
 
     arguments = parse(TRAIN_TYPES, context.args, command="train")
     try:
@@ -59,14 +59,22 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Score a trained model or adapter."""
-    from meft.evaluation import evaluate as run
-    from meft.evaluation import parse_evaluation
     from meft.results import metrics_table
+    from meft.training.evaluation import evaluate as run
+    from meft.training.evaluation import parse_evaluation
 
     arguments = parse_evaluation(context.args)
     metrics = run(*arguments, say=_say)
     if metrics:
         Console().print(metrics_table(metrics, title=arguments[0].model_name_or_path))
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def verify(context: typer.Context) -> None:
+    """Check that a model's activations are rebuilt bit for bit, and its gradients with them."""
+    from meft.verify.command import verify_command
+
+    sys.exit(verify_command(context.args))
 
 
 @app.command()

@@ -115,11 +115,8 @@ def test_functions_methods_and_classes_are_read_and_modules_are_not(library: Pat
         'class C:\n    """Bravo classes words stand here alone today."""\n'
         '    async def f(self):\n        """Charlie methods words stand here alone today."""\n'
     )
-    (library / "threading.py").write_text(source)
-    task = collect(library, train_per_label=24, validation_per_label=6)
-    texts = {example.text.split()[0] for example in task.train + task.validation}
-    assert {"Bravo", "Charlie"} <= texts
-    assert "Alpha" not in texts
+    (library / "calendar.py").write_text(source)
+    assert small(library).left_out["numbers"] == 2
 
 
 def test_a_label_with_too_few_docstrings_is_left_out_and_named(library: Path) -> None:

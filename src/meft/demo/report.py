@@ -101,7 +101,7 @@ def describe(task: Docstrings, steps: int, batch_size: int) -> str:
 
 
 def progress_bar(console: Console, total: int) -> Progress:
-    """A bar with one task, which `meft.demo_training.compete` describes and advances."""
+    """A bar with one task, which `meft.demo.training.compete` describes and advances."""
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True)
     progress.add_task("loading", total=total)

@@ -16,17 +16,17 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft import results
-from meft.arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments
-from meft.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
-from meft.costs import StepCosts, measure_costs
 from meft.errors import ConfigError
-from meft.loading import ADAPTER_CONFIG
 from meft.methods import check_method, count_parameters
-from meft.preparation import TASK_FILE, Prepared, Say, prepare_training
-from meft.runs import RESULTS_FILE, claimed, inspect_folder, now
 from meft.storage import publish_files, read_json, remove_leftovers, staged, write_json
 from meft.tasks import TaskSpec
 from meft.tasks.metrics import score
+from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments
+from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
+from meft.training.costs import StepCosts, measure_costs
+from meft.training.loading import ADAPTER_CONFIG
+from meft.training.preparation import TASK_FILE, Prepared, Say, prepare_training
+from meft.training.runs import RESULTS_FILE, claimed, inspect_folder, now
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 COSTS_FILE = "costs.json"

@@ -20,8 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from meft.errors import CheckpointError
-from meft.loading import quiet_transformers
 from meft.storage import STAGING_PREFIX, publish_folder, read_json, staged, write_json
+from meft.training.loading import quiet_transformers
 
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

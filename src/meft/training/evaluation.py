@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from meft import results
-from meft.arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
-from meft.checkpoints import CheckpointingTrainer
 from meft.errors import DataError
-from meft.preparation import Prepared, Say, prepare_evaluation, read_task_file
 from meft.storage import write_json, write_text
 from meft.tasks.base import LABEL
 from meft.tasks.metrics import predictions_of
 from meft.training import build_trainer, metrics_of
+from meft.training.arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
+from meft.training.checkpoints import CheckpointingTrainer
+from meft.training.preparation import Prepared, Say, prepare_evaluation, read_task_file
 
 EVALUATE_TYPES = (ModelArguments, DataArguments, EvaluationArguments, TrainerArguments)
 _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")
@@ -28,7 +28,7 @@ def parse_evaluation(
     """Parses the words after `meft evaluate`; what they leave out is taken from the trained model's `task.json`.
 
     Raises:
-        ConfigError: As `meft.arguments.parse`.
+        ConfigError: As `meft.training.arguments.parse`.
     """
     model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate")
     recorded = read_task_file(model.model_name_or_path).get("arguments", {})

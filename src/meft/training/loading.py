@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from meft.arguments import ModelArguments
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
 from meft.storage import check_safetensors
 from meft.tasks import TaskSpec
+from meft.training.arguments import ModelArguments
 
 ADAPTER_CONFIG = "adapter_config.json"
 # PEFT trains these heads of its own accord.

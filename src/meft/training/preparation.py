@@ -12,14 +12,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, enable_full_determinism, set_seed
 
-from meft import loading
-from meft.arguments import DataArguments, MeftArguments, ModelArguments
 from meft.errors import ConfigError
 from meft.methods import apply_method
 from meft.storage import read_json
 from meft.tasks import GLUE_TASKS, TaskData, TaskSpec, load_files, load_glue
 from meft.tasks.base import LABEL
 from meft.tasks.encode import encode
+from meft.training import loading
+from meft.training.arguments import DataArguments, MeftArguments, ModelArguments
 
 Say = Callable[[str], None]
 # Beside every saved model: the labels it was trained for, and what evaluating it alike takes.

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from meft.errors import ConfigError
-from meft.loading import quiet_transformers
 from meft.memory.measure import measure
 from meft.methods import apply_method, count_parameters
 from meft.tasks.docstrings import Docstrings, Example
+from meft.training.loading import quiet_transformers
 
 # The best of a few tried for each, over the default number of steps, on texts that the demo does not score.
 LEARNING_RATES = {

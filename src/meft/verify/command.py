@@ -1,0 +1,210 @@
+"""`meft verify`: builds a model, or loads a trained adapter, and verifies it on one batch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from rich.console import Console
+from torch import nn
+
+from meft.convert import make_reversible
+from meft.couplings import COUPLINGS
+from meft.errors import ConfigError
+from meft.methods import MethodOptions, apply_method
+from meft.peft_type import MEFT
+from meft.plan import check_choice, check_integer
+from meft.results import hardware, versions
+from meft.storage import write_json
+from meft.training.arguments import MeftArguments, ModelArguments, parse
+from meft.training.loading import is_adapter, load_adapter
+from meft.verify import VerifyReport, verify
+from meft.verify.figure import check_figure_path
+from meft.verify.inputs import TASK_MODELS, load_pretrained, random_batch, text_batch, trained_labels
+
+_UNCOUPLED = ("full", "lora")
+_COUPLING_OPTIONS = (
+    "lam",
+    "beta",
+    "gamma",
+    "output",
+    "arithmetic",
+    "fraction_bits",
+    "frozen_layers",
+    "cached_layers",
+    "drift_tolerance",
+    "anchor_every",
+)
+
+
+def _option(help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class VerifyArguments:
+    """What is verified, on what, and what is written."""
+
+    _argument_group_name = "verification"
+
+    under: str | None = _option(
+        "For --method full or lora, and for adapters of other methods than MEFT: the coupling put under them: momentum "
+        "(left out), meft1, meft2 or meft3."
+    )
+    base_model_name_or_path: str | None = _option(
+        "For an adapter: its base model, when it is no longer where the adapter says."
+    )
+    task_type: str | None = _option(f"The task head: {', '.join(TASK_MODELS)}. Left out: the checkpoint's own.")
+    batch_size: int = _option("Rows of the batch; all but the first are padded.", 2)
+    seq_length: int = _option("Tokens of a row.", 64)
+    text_file: str | None = _option("A file with a text a line, instead of random tokens.")
+    autocast: Literal["bfloat16", "float16"] | None = _option("Mixed precision: run under autocast to this dtype.")
+    device: str | None = _option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
+    seed: int = _option("Of random tokens, new weights and dropout.", 0)
+    figure: str | None = _option("Draw the error against depth to this file: .svg, .png or .pdf.")
+    json: str | None = _option("Write everything that was found to this JSON file.")
+
+    def check(self) -> None:
+        """Raises ConfigError if an option is not valid by itself."""
+        if self.under is not None:
+            check_choice("under", self.under, COUPLINGS)
+        if self.task_type is not None:
+            check_choice("task_type", self.task_type, tuple(TASK_MODELS))
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("seq_length", self.seq_length, 2)
+        if self.figure is not None:
+            check_figure_path(self.figure)
+        if self.json is not None and not Path(self.json).resolve().parent.is_dir():
+            raise ConfigError(f"The folder of {self.json!r} does not exist. Create it, or choose another.")
+
+
+def verify_command(argv: Sequence[str]) -> int:
+    """Runs the words after `meft verify`.
+
+    Example:
+        >>> verify_command(["--model_name_or_path", "roberta-base", "--method", "meft1", "--figure", "error.svg"])
+        0
+
+    Returns:
+        0 if activations are rebuilt as the options promise (bit for bit in exact arithmetic, within drift_tolerance
+        otherwise) and gradients agree with those of stored activations, 1 if not.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, UnsupportedModelError: what was given is not valid; exit code 2.
+    """
+    types = (ModelArguments, MeftArguments, VerifyArguments)
+    model_arguments, method_arguments, arguments = parse(types, argv, command="verify")
+    arguments.check()
+    report = _verified(model_arguments, method_arguments, arguments)
+    console = Console()
+    console.print(report)
+    if arguments.figure is not None:
+        console.print(f"Figure: {report.figure(arguments.figure)}", markup=False, soft_wrap=True)
+    if arguments.json is not None:
+        write_json(Path(arguments.json), _record(report, shlex.join(["meft", "verify", *argv])))
+    return 0 if report.passed() else 1
+
+
+def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments: VerifyArguments) -> VerifyReport:
+    device = _device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    name = model_arguments.model_name_or_path
+    if is_adapter(name):
+        model, base, task_type = _from_adapter(model_arguments, method, arguments)
+    else:
+        base, task_type = load_pretrained(model_arguments, name, arguments.task_type)
+        model = _from_base(base, task_type, method, arguments.under)
+    sizes = {"batch_size": arguments.batch_size, "seq_length": arguments.seq_length, "seed": arguments.seed}
+    if arguments.text_file is None:
+        batch = random_batch(base, task_type, **sizes)
+    else:
+        batch = text_batch(model_arguments, base.name_or_path, base, task_type, arguments.text_file, **sizes)
+    dtype = None if arguments.autocast is None else getattr(torch, arguments.autocast)
+    with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+        return verify(model.to(device), batch)
+
+
+def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | None) -> nn.Module:
+    """A pretrained model with something new to train: MEFT's adapters, or LoRA or everything on a reversible stack."""
+    options = method.options()
+    if method.method not in _UNCOUPLED:
+        if under is not None:
+            raise ConfigError(
+                f"under is {under!r}, but method {method.method!r} brings its own coupling. Leave --under out, or give "
+                "--method full or lora."
+            )
+        return apply_method(base, method.method, task_type=task_type, **_values(options))
+    coupling = {name: getattr(options, name) for name in _COUPLING_OPTIONS}
+    bare = replace(options, **{name: _default(name) for name in _COUPLING_OPTIONS})
+    model = apply_method(base, method.method, task_type=task_type, **_values(bare))
+    return _made_reversible(model, under, coupling)
+
+
+def _from_adapter(
+    model_arguments: ModelArguments, method: MeftArguments, arguments: VerifyArguments
+) -> tuple[nn.Module, Any, str]:
+    """A trained adapter on its base model, made trainable again."""
+    path = model_arguments.model_name_or_path
+    config = PeftConfig.from_pretrained(path)
+    task_type = str(config.task_type or arguments.task_type or "FEATURE_EXTRACTION").removeprefix("TaskType.")
+    base_name = arguments.base_model_name_or_path or str(config.base_model_name_or_path)
+    is_meft = config.peft_type == MEFT
+    given = [name.name for name in fields(method) if getattr(method, name.name) != getattr(MeftArguments(), name.name)]
+    refused = [name for name in given if is_meft or name not in _COUPLING_OPTIONS]
+    refused += ["under"] if is_meft and arguments.under is not None else []
+    if refused:
+        raise ConfigError(
+            f"{refused[0]} was given, but {path} is an adapter of {config.peft_type.value}, which has its own options. "
+            f"Leave --{refused[0]} out, or give the base model {base_name} instead."
+        )
+    base, _ = load_pretrained(model_arguments, base_name, task_type, num_labels=trained_labels(Path(path)))
+    model = load_adapter(base, path, base_name)
+    model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
+    if is_meft:
+        return model, base, task_type
+    options = method.options()
+    return (
+        _made_reversible(model, arguments.under, {name: getattr(options, name) for name in _COUPLING_OPTIONS}),
+        base,
+        task_type,
+    )
+
+
+def _made_reversible(model: nn.Module, coupling: str | None, options: dict[str, Any]) -> nn.Module:
+    given = {name: value for name, value in options.items() if value is not None}
+    return make_reversible(model, coupling=coupling or "momentum", **given)
+
+
+def _values(options: MethodOptions) -> dict[str, Any]:
+    return {name.name: getattr(options, name.name) for name in fields(options)}
+
+
+def _default(name: str) -> Any:
+    return getattr(MethodOptions(), name)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device is {name!r}, which cannot be used here: {first} Give --device cpu.") from error
+    return device
+
+
+def _record(report: VerifyReport, command: str) -> dict[str, Any]:
+    return {
+        **report.as_dict(),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
