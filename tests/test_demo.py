@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from meft import demo_training
 from meft.demo import DEFAULT_METHODS, packaged_model, run
+from meft.demo import training as demo_training
 from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, draw, table
 from meft.demo.training import LEARNING_RATES
 from meft.errors import ConfigError, MeftError, OutputFolderError
@@ -111,6 +111,15 @@ def test_a_result_does_not_depend_on_the_companions(model: Path, tmp_path: Path)
     assert alone == losses("again", "meft1")
     assert alone == losses("beside", "full", "meft1", "lora")
     assert alone != losses("seed", "meft1", seed=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_whole_head(model: Path, method: str) -> None:
+    entrant = demo_training._enter(method, model, make_task(), demo_training.Settings())
+    trained = " ".join(name for name, parameter in entrant.model.named_parameters() if parameter.requires_grad)
+    assert "pooler" in trained
+    assert "classifier" in trained
+    assert entrant.model.training
 
 
 def test_whose_step_comes_first_changes_with_every_step(

@@ -25,7 +25,10 @@ ORDER = [
     {"convert", "peft_type"},
     {"config"},
     {"tuner"},
-    {"memory", "verify", "methods", "tasks", "storage"},
+    {"memory", "storage", "verify"},
+    {"methods", "tasks", "results"},
+    {"training"},
+    {"demo", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 BARE = ("errors", "residues", "arithmetic", "couplings", "plan", "replay", "tape", "engine", "adapters")

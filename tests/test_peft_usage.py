@@ -215,7 +215,6 @@ def test_one_configuration_for_two_models() -> None:
         assert gradients(model, batch_of("bert"))
 
 
-@pytest.mark.xfail(reason="hooks that live for one call are run by calls of other threads as well")
 @pytest.mark.parametrize("coupling", METHODS)
 def test_inference_in_several_threads(coupling: str) -> None:
     """As the base model, one model serves several threads at once."""

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import meft
 import models
 from meft import cli
+from meft.cli.inputs import random_batch
+from meft.cli.verify import verify_command
 from meft.errors import CheckpointError, ConfigError, DataError, StreamOverflowError, UnsupportedModelError
 from meft.layers import ReversibleLayer
 from meft.verify import LayerError, VerifyReport, verify
-from meft.verify.command import verify_command
 from meft.verify.figure import error_against_depth
 from meft.verify.gradients import relative_differences
-from meft.verify.inputs import random_batch
 from meft.verify.report import curve
 from tiny import make_model
 
@@ -643,6 +643,20 @@ def test_command_refuses_bad_input(folder: Path, words: list[str], error: type[E
     with pytest.raises(error, match=re.escape(message)):
         verify_command([f"--model_name_or_path={folder}", "--device=cpu", "--seq_length=8", *words])
     assert issubclass(error, cli.BAD_INPUT)  # which the command line makes exit code 2
+
+
+def test_exit_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def code(*words: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["verify", f"--model_name_or_path={folder}", "--device=cpu", "--seq_length=8", *words])
+        return int(end.value.code or 0)
+
+    assert code() == 0
+    assert code("--method=full", "--arithmetic=float", "--drift_tolerance=1e-9") == 1
+    assert code("--method=meft9") == 2
+    assert capsys.readouterr().err.startswith("Error: method is 'meft9'")
+    assert code("--help") == 0
+    assert "--under" in capsys.readouterr().out
 
 
 def test_command_names_a_text_file_that_is_too_short(folder: Path, tmp_path: Path) -> None:

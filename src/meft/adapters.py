@@ -7,6 +7,7 @@ arXiv 2110.04366) or behind a module (bottleneck adapter, Houlsby et al. 2019, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,17 +57,22 @@ def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, n
 def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
     """For the duration of a call, adds adapter(input of `entry`) to the output of `exit_`.
 
-    The hooks live only as long as the call, so nothing stays on the pretrained modules.
+    The hooks live only as long as the call, and heed no call of another thread, so nothing stays on the pretrained
+    modules.
     """
     if adapter is None:
         yield
         return
     received: list[Tensor] = []
+    thread = threading.get_ident()
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received.append(args[0] if args else next(iter(kwargs.values())))
+        if threading.get_ident() == thread:
+            received.append(args[0] if args else next(iter(kwargs.values())))
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return output
         return _with_first(output, _first(output) + adapter(received.pop()))
 
     handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
@@ -79,12 +85,15 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
 
 @contextmanager
 def behind(module: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
-    """For the duration of a call, adds adapter(output) to the output of `module`."""
+    """For the duration of a call, adds adapter(output) to the output of `module`; other threads do not notice."""
     if adapter is None:
         yield
         return
+    thread = threading.get_ident()
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return output
         first = _first(output)
         return _with_first(output, first + adapter(first))
 

@@ -318,6 +318,13 @@ def _check_backward(ctx: Any) -> None:
             "which a reversible layer does not keep the graph for. Call backward() without create_graph, or use "
             'backward="cached", which can be differentiated twice.'
         )
+    present = {id(parameter) for module in ctx.layer.modules for parameter in module._parameters.values()}
+    if present and any(id(parameter) not in present for parameter in ctx.layer.parameters):
+        raise ModifiedTensorError(
+            f"The weights that layer {ctx.depth - 1} of {ctx.tape.name} had in the forward pass are no longer its own, "
+            "so its activations cannot be rebuilt (torch.func.functional_call swaps weights for one call). Keep the "
+            'weights in place until backward() is done, or use backward="cached".'
+        )
     tensors = (*ctx.layer.outside, *ctx.layer.parameters)
     changed = [tuple(t.shape) for t, v in zip(tensors, ctx.versions, strict=True) if version_of(t) != v]
     if changed:

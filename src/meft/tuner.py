@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from .peft_type import MEFT
 
 _ACTIVATION_NAMES = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
 _DROPOUT_NAMES = ("hidden_dropout_prob", "dropout", "hidden_dropout", "resid_pdrop", "dropout_rate", "resid_dropout")
+
+_BART_HEAD = "classification_head"
 
 
 class MeftLayer(ReversibleLayer, BaseTunerLayer):
@@ -149,6 +151,7 @@ class MeftModel(BaseTuner):
         self._places = places
         for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
             prepare_stack(stack, segment)
+        _train_head(model, config)
         # Which layers are taken follows from the model, not from the names in a state dict.
         kwargs.pop("state_dict", None)
         super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
@@ -219,9 +222,17 @@ class MeftModel(BaseTuner):
             raise CheckpointError(
                 f"The adapter in {config.loaded_from or 'this configuration'} was made for another base model: for "
                 f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load it "
-                f"on its own base model ({config.base_model_name_or_path})."
+                f"on its own base model ({config.base_model_name_or_path}); to take its options only, set base_layers=None."
             )
         config.base_layers, config.injected = found, True
+
+
+def _train_head(model: nn.Module, config: MeftConfig) -> None:
+    """BART calls its head for sequences by a name that PEFT does not know; it would stay random, untrained."""
+    if config.task_type != TaskType.SEQ_CLS or not isinstance(getattr(model, _BART_HEAD, None), nn.Module):
+        return
+    if _BART_HEAD not in (config.modules_to_save or []):
+        config.modules_to_save = [*(config.modules_to_save or []), _BART_HEAD]
 
 
 def _check_single(adapter_names: list[str]) -> None:

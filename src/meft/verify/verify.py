@@ -67,7 +67,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
         )
     with preserved(model), _differentiable():
         inputs = _inputs(batch, next(iter(trainable.values())).device)
-        state = [RngState.take(device) for device in {parameter.device for parameter in trainable.values()}]
+        state = [RngState.take(device) for device in {parameter.device for parameter in model.parameters()}]
         recorder, found, reference, integrity_error = _trained(model, inputs, coupled, list(trainable.values()), state)
         errors, floor = relative_differences(dict(zip(trainable, zip(found, reference, strict=True), strict=True)))
         del found, reference

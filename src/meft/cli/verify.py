@@ -15,6 +15,7 @@ from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
+from meft.cli.inputs import TASK_MODELS, load_pretrained, random_batch, text_batch, trained_labels
 from meft.convert import make_reversible
 from meft.couplings import COUPLINGS
 from meft.errors import ConfigError
@@ -27,7 +28,6 @@ from meft.training.arguments import MeftArguments, ModelArguments, parse
 from meft.training.loading import is_adapter, load_adapter
 from meft.verify import VerifyReport, verify
 from meft.verify.figure import check_figure_path
-from meft.verify.inputs import TASK_MODELS, load_pretrained, random_batch, text_batch, trained_labels
 
 _UNCOUPLED = ("full", "lora")
 _COUPLING_OPTIONS = (

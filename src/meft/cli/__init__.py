@@ -72,7 +72,7 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def verify(context: typer.Context) -> None:
     """Check that a model's activations are rebuilt bit for bit, and its gradients with them."""
-    from meft.verify.command import verify_command
+    from meft.cli.verify import verify_command
 
     sys.exit(verify_command(context.args))
 
