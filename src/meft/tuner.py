@@ -221,8 +221,9 @@ class MeftModel(BaseTuner):
         if config.base_layers not in (None, found) and not config.injected:
             raise CheckpointError(
                 f"The adapter in {config.loaded_from or 'this configuration'} was made for another base model: for "
-                f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load it "
-                f"on its own base model ({config.base_model_name_or_path}); to take its options only, set base_layers=None."
+                f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load "
+                f"it on its own base model ({config.base_model_name_or_path}); set base_layers=None to take its options "
+                "only."
             )
         config.base_layers, config.injected = found, True
 
