@@ -222,7 +222,7 @@ class MeftModel(BaseTuner):
             raise CheckpointError(
                 f"The adapter in {config.loaded_from or 'this configuration'} was made for another base model: for "
                 f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load "
-                f"it on its own base model ({config.base_model_name_or_path}); set base_layers=None to take its options "
+                f"it on its own base model ({config.base_model_name_or_path}); base_layers=None takes its options "
                 "only."
             )
         config.base_layers, config.injected = found, True
