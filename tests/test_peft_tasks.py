@@ -32,7 +32,7 @@ PEFT_CLASS = {
 }
 
 HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
+    "SEQ_CLS": ("classifier", "score", "classification_head"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }

@@ -7,10 +7,11 @@ import io
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import meft
@@ -233,3 +234,13 @@ def test_inference_in_several_threads(coupling: str) -> None:
             assert all(pool.map(correct, range(3)))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_the_head_of_bart_is_trained_and_saved_by_default(tmp_path: Path) -> None:
+    model = get_peft_model(models.build("bart", "SEQ_CLS"), meft.MeftConfig(task_type="SEQ_CLS"))
+    assert any("classification_head" in name for name in gradients(model, models.batch("bart", "SEQ_CLS")))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.build("bart", "SEQ_CLS", seed=1), tmp_path)
+    for name, tensor in model.state_dict().items():
+        if "classification_head.modules_to_save" in name:
+            assert torch.equal(loaded.state_dict()[name], tensor)
