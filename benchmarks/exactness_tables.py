@@ -69,7 +69,8 @@ _NOTES = {
     "bytes": "What the autograd node of a reversible layer saves; a call that draws random numbers keeps the state of "
     "the generators besides ({generator_state:,} bytes on the CPU).",
     "times": "Forward and backward pass of a BERT with {shape[layers]} layers x {shape[width]} in {shape[dtype]} on "
-    "{shape[batch]} x {shape[sequence]} tokens: medians of {rounds} alternating steps in one process.",
+    "{shape[batch]} x {shape[sequence]} tokens: medians of {rounds} alternating steps in one process, of the times and "
+    "of the ratios within a round.",
 }
 
 
