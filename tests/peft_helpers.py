@@ -130,7 +130,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def llama(**options: Any) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=models.VOCABULARY, max_position_embeddings=24, **sizes, **options))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=models.VOCABULARY, max_position_embeddings=24, **sizes | options))
 
 
 def neox() -> GPTNeoXForCausalLM:

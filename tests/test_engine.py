@@ -170,7 +170,7 @@ def test_packed_residues_are_counted_a_division() -> None:
     hidden = torch.randn(1, 1, WIDTH, requires_grad=True)
     stack = blocks()
     tape = Tape(make_coupling("meft3", lam=1 / 8, beta=1 / 3), EXACT, hidden)
-    output = run_layer(tape, Layer({"F": stack[0], "G": stack[1]}, tuple(stack[:2].parameters())), reversible=True)
+    output, *_ = run_layer(tape, Layer({"F": stack[0], "G": stack[1]}, tuple(stack[:2].parameters())), reversible=True)
     assert Graph(output).saved_bytes() == [WIDTH * 3 // 8 + WIDTH * 2 // 8]
 
 
@@ -258,9 +258,8 @@ def test_a_second_backward_is_refused(hidden: Tensor) -> None:
 def test_a_loss_on_an_inner_hidden_state_alone_is_refused(hidden: Tensor) -> None:
     stack = blocks()
     tape = Tape(make_coupling("meft1"), EXACT, hidden)
-    states = [
-        run_layer(tape, Layer({"F": block, "G": block}, tuple(block.parameters())), reversible=True) for block in stack
-    ]
+    layers = [Layer({"F": block, "G": block}, tuple(block.parameters())) for block in stack]
+    states = [run_layer(tape, layer, reversible=True)[0] for layer in layers]
     with pytest.raises(ConsumedTapeError, match="they now lie above layer 9"):
         states[3].sum().backward()  # the tape holds what layer 9 left
 

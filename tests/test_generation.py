@@ -149,7 +149,7 @@ def test_a_filled_cache_in_training_is_refused() -> None:
     model, ids = adapted("opt"), batch_of("opt")["input_ids"]
     with torch.no_grad():
         cache = model.eval()(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0 was called in training with .* holding 7 tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0 of OPTDecoder was called .* holding 7 tokens"):
         model.train()(input_ids=ids[:, :1], attention_mask=torch.ones(3, 8), past_key_values=cache)
     assert cache.get_seq_length() == 7
 

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import meft
 import models
 from meft.errors import UnsupportedModelError
 from meft.layers import ReversibleLayer
+from peft_helpers import COUPLINGS, assert_close, taken
 
 
 def reversible(family: str = "bert", task: str = "SEQ_CLS", **options: object) -> nn.Module:
     return meft.make_reversible(models.build(family, task, layers=3).train(), **options)
 
 
-def test_recorded_attentions_are_detached_and_hidden_states_are_not() -> None:
-    model = reversible()
-    output = model(**models.batch("bert", "SEQ_CLS"), output_attentions=True, output_hidden_states=True)
-    assert len(output.attentions) == 3 and not any(attention.requires_grad for attention in output.attentions)
-    assert len(output.hidden_states) == 4 and all(state.requires_grad for state in output.hidden_states)
+def gradients_of(model: nn.Module, loss: Callable[[Any], Tensor], **inputs: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    loss(model(**inputs)).backward()
+    return taken(model)
 
 
-def test_a_loss_on_recorded_hidden_states_and_the_output_reaches_everything() -> None:
-    found = {}
-    for backward in ("reversible", "cached"):
-        torch.manual_seed(0)
-        model = reversible(coupling="meft1", backward=backward)
-        output = model(**models.batch("bert", "SEQ_CLS"), output_hidden_states=True)
-        (output.loss + sum(state.square().mean() for state in output.hidden_states)).backward()
-        found[backward] = [parameter.grad for parameter in model.parameters()]
-    torch.testing.assert_close(found["reversible"], found["cached"], rtol=1e-4, atol=1e-6)
+ATTENTIONS = "attentions"
+INNER, BOTH = "one hidden state below the top", "all hidden states and the output"
+LOSSES: dict[str, Callable[[Any], Tensor]] = {
+    ATTENTIONS: lambda output: output.loss + sum(a.square().mean() for a in output.attentions),
+    INNER: lambda output: output.hidden_states[-2].square().mean(),
+    BOTH: lambda output: output.loss + sum(state.square().mean() for state in output.hidden_states),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_loss_on_what_was_recorded_reaches_everything(coupling: str, kind: str) -> None:
+    inputs = models.batch("bert", "SEQ_CLS") | {"output_hidden_states": True, "output_attentions": True}
+    found = [
+        gradients_of(reversible(coupling=coupling, backward=backward), LOSSES[kind], **inputs)
+        for backward in ("reversible", "cached")
+    ]
+    assert_close(*found, relative=1e-6)
+
+
+def test_a_loss_on_an_inner_hidden_state_leaves_the_layers_above_alone() -> None:
+    model = reversible(coupling="meft1")
+    found = gradients_of(model, LOSSES[INNER], **models.batch("bert", "SEQ_CLS"), output_hidden_states=True)
+    assert any("layer.1." in name for name in found) and not any("layer.2." in name for name in found)
 
 
 def test_replicas_of_data_parallel_are_refused() -> None:

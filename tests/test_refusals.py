@@ -10,16 +10,16 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import meft
 import models
 from meft.errors import ConfigError, UnsupportedModelError
+from meft.families.shrink import tiny_config
 from peft_helpers import (
     TASK_OF,
     batch_of,
     gradients,
-    llama,
     neox,
     unchanged,
 )
@@ -91,8 +91,20 @@ def test_options_that_are_not_valid(options: dict[str, Any], text: str) -> None:
         get_peft_model(model, meft.MeftConfig(task_type="SEQ_CLS", **{"coupling": "momentum", **options}))
 
 
-@pytest.mark.parametrize(("build", "layer"), [(llama, "LlamaDecoderLayer"), (neox, "GPTNeoXLayer")])
-def test_meft3_on_an_unknown_model(build: Callable[[], PreTrainedModel], layer: str) -> None:
+def doge() -> PreTrainedModel:
+    """A model whose layers do not split as the others do: both residuals have weights of their own."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config("doge"))
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "why"),
+    [
+        (doge, "DogeDecoderLayer", "it is not known. The known layers are those of albert, bart, bert, "),
+        (neox, "GPTNeoXLayer", "its attention and its feed-forward read the same input"),
+    ],
+)
+def test_meft3_on_layers_that_do_not_split(build: Callable[[], PreTrainedModel], layer: str, why: str) -> None:
     model = build()
     for convert in (
         lambda: meft.make_reversible(model, "meft3"),
@@ -102,7 +114,7 @@ def test_meft3_on_an_unknown_model(build: Callable[[], PreTrainedModel], layer: 
             convert()
         text = str(caught.value)
         assert layer in text and "layers.0 of" in text and type(model).__name__.removesuffix("ForCausalLM") in text
-        assert "BertLayer, RobertaLayer, BartEncoderLayer" in text and 'coupling="meft1", "meft2" or "momentum"' in text
+        assert why in text and 'coupling="meft1", "meft2" or "momentum"' in text
     assert gradients(get_peft_model(model, meft.MeftConfig(task_type="CAUSAL_LM", coupling="meft1")), batch_of("opt"))
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
+
 INIT_STD = 0.02
 
 
@@ -59,11 +61,15 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
 
     The hooks live only as long as the call, and heed no call of another thread, so nothing stays on the pretrained
     modules.
+
+    Raises:
+        UnsupportedModelError: the call did not pass through `entry` and then through `exit_`.
     """
     if adapter is None:
         yield
         return
     received: list[Tensor] = []
+    added = False
     thread = threading.get_ident()
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,9 +77,23 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
             received.append(args[0] if args else next(iter(kwargs.values())))
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal added
         if threading.get_ident() != thread:
             return output
-        return _with_first(output, _first(output) + adapter(received.pop()))
+        if not received:
+            raise UnsupportedModelError(
+                f"A {type(exit_).__name__} was left before a {type(entry).__name__} was entered, so these two are no "
+                "feed-forward. Name the module that is with feedforward_module."
+            )
+        given, first, added = received.pop(), _first(output), True
+        if given.shape[-1] != adapter.down.in_features or first.numel() != given.numel():
+            raise UnsupportedModelError(
+                f"What was taken for a feed-forward, {type(entry).__name__} to {type(exit_).__name__}, makes "
+                f"{tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "
+                f"{adapter.down.in_features}. Name the module that reads and returns it with feedforward_module."
+            )
+        # Some mixtures of experts return the tokens of all sequences in one matrix.
+        return _with_first(output, first + adapter(given).reshape(first.shape))
 
     handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
     try:
@@ -81,6 +101,11 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
     finally:
         for handle in handles:
             handle.remove()
+    if not added:
+        raise UnsupportedModelError(
+            f"A layer did not call the {type(exit_).__name__} that was taken for its feed-forward, so the adapter "
+            "beside it has no effect. Name the module that is called with feedforward_module."
+        )
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class MeftConfig(PeftConfig):
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
             not deterministic; the integrity check then warns past `drift_tolerance` instead of raising.
+        stacks: names of the layer stacks to take, or of modules they lie in ("vision_tower"); None for all.
+        feedforward_module: child of a layer, as "mlp", beside which the parallel adapter stands; None for the one that
+            is known of the family, or has a usual name (docs/architectures.md).
         modules_to_save: modules besides the adapters to train and save; PEFT adds the task's head.
 
     Raises:
@@ -64,6 +67,8 @@ class MeftConfig(PeftConfig):
     cached_layers: int = field(default=0, metadata={"help": "Highest layers with stored activations."})
     drift_tolerance: float = field(default=1e-2, metadata={"help": "Relative error past which float warns."})
     anchor_every: int | None = field(default=None, metadata={"help": "Layers between streams that are kept."})
+    stacks: list[str] | None = field(default=None, metadata={"help": "Layer stacks to take; all by default."})
+    feedforward_module: str | None = field(default=None, metadata={"help": "The feed-forward's name in a layer."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     target_modules: None = field(default=None, metadata={"help": "Unused: MEFT takes every layer of every stack."})
     base_layers: list[dict[str, Any]] | None = field(
@@ -104,6 +109,7 @@ class MeftConfig(PeftConfig):
             cached_layers=self.cached_layers,
             drift_tolerance=self.drift_tolerance,
             anchor_every=self.anchor_every,
+            feedforward_module=self.feedforward_module,
         )
 
     @classmethod

@@ -23,8 +23,12 @@ The rules, which the code below keeps in this order.
    visible hidden state that the model passes to its next layer; the other's is a placeholder of one element.
 7. `cached` layers run the same steps on the same numbers, but under ordinary autograd: the reference for (3), and
    what runs when no reversible node is wanted (evaluation, `no_grad`).
-8. What cannot be right raises: a second or partial backward pass, gradients of gradients, weights or inputs modified
-   between the passes, streams that overflow, and streams that do not meet again where both began.
+8. A block may compute more than the hidden state: position biases that the next layers use, router logits or
+   attention weights that the loss uses. Those that carry gradients are further outputs of the node, and the gradients
+   that come back for them are differentiated in the same run.
+9. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
+   passes, tensors that would get no gradient, streams that overflow, and streams that do not meet again where both
+   began.
 """
 
 from __future__ import annotations
@@ -37,14 +41,14 @@ import torch
 from torch import Tensor, nn
 
 from .couplings import Step, Streams
-from .errors import DoubleBackwardError, ModifiedTensorError
+from .errors import DoubleBackwardError, ModifiedTensorError, UnsupportedModelError
 from .replay import Snapshot, private_graph, requiring_grad
 from .tape import Handles, Tape, observed_by, version_of
 
 __all__ = ["Function", "Layer", "Tape", "finish", "observed_by", "readout", "run_layer"]
 
-Function = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""A block of a layer: (stream as hidden state, outside tensors) -> hidden state."""
+Function = Callable[[Tensor, Sequence[Tensor]], "Tensor | tuple[Tensor, ...]"]
+"""A block of a layer: (stream as hidden state, outside tensors) -> hidden state, or a tuple that begins with it."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,18 @@ class Layer:
         parameters: leaves that require gradients, in no particular order.
         outside: tensors other than the hidden state that require gradients; given to the functions as their second
             argument, so that a recomputation can put detached ones in their place.
-        modules: every module the functions run, for their training flags.
+        modules: every module the functions run, for their training flags and buffers.
+        vet: look whether the functions use tensors that require gradients and are none of the above.
     """
 
     functions: Mapping[str, Function]
     parameters: tuple[Tensor, ...] = ()
     outside: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    vet: bool = False
 
 
-def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> Tensor:
+def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ...]:
     """Passes the streams through one layer.
 
     Args:
@@ -74,7 +80,8 @@ def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> Tensor:
         reversible: rebuild activations in the backward pass; otherwise ordinary autograd keeps them.
 
     Returns:
-        The newest stream as a hidden state, for the model to pass on.
+        The newest stream as a hidden state, for the model to pass on; then the functions' further outputs, in the order
+        of the coupling's steps.
     """
     handles = tape.live_handles()
     tape.visible = None
@@ -82,24 +89,32 @@ def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> Tensor:
         tape.observer.passed(tape, tape.forward_depth, tape.streams)
     inputs = (*layer.outside, *layer.parameters)
     if not reversible or not torch.is_grad_enabled():
-        tape.handles = _run_cached(tape, layer, handles)
+        outputs = _run_cached(tape, layer, handles)
     elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
-        tape.handles = _ReversibleLayer.apply(tape, layer, *handles, *inputs)
+        outputs = _ReversibleLayer.apply(tape, layer, *handles, *inputs)
     else:
         with torch.no_grad():
-            tape.handles = _run_cached(tape, layer, handles)
+            outputs = _run_cached(tape, layer, handles)
+    tape.handles = (outputs[0], outputs[1])
     tape.forward_depth += 1
     visible = tape.live_handles()[tape.coupling.newest]
     tape.show(visible)
-    return visible
+    return visible, *outputs[2:]
 
 
-def readout(tape: Tape) -> Tensor:
-    """Applies the output rule to the streams as they are now."""
+def readout(tape: Tape, *, inner: bool = False) -> Tensor:
+    """Applies the output rule to the streams as they are now.
+
+    Args:
+        tape: the running forward pass.
+        inner: the hidden state is taken from below the top, and a loss may depend on it alone. The streams are kept as
+            long as it lives, for the backward pass to start from if nothing comes from above.
+    """
     handles = tape.live_handles()
-    if tape.coupling.output == (0, 1):
+    inner = inner and tape.kept is not None and tape.forward_depth == tape.depth and torch.is_grad_enabled()
+    if tape.coupling.output == (0, 1) and not inner:
         return handles[tape.coupling.newest]
-    return _Readout.apply(tape, *handles)
+    return _Readout.apply(tape, inner, *handles)
 
 
 def finish(tape: Tape) -> Tensor:
@@ -121,17 +136,20 @@ class _ReversibleLayer(torch.autograd.Function):
     """One layer: forward runs its steps and drops their graphs, backward undoes them and differentiates."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, layer: Layer, *inputs: Tensor) -> Handles:
+    def forward(ctx: Any, tape: Tape, layer: Layer, *inputs: Tensor) -> tuple[Tensor, ...]:
         streams = tape.streams
         assert streams is not None
         anchor = streams if tape.anchored(tape.forward_depth) else ()
         ctx.outside = tuple(tensor.detach().requires_grad_() for tensor in layer.outside)
-        ctx.snapshots, ctx.residue_of = [], []
+        ctx.snapshots, ctx.residue_of, ctx.further = [], [], []
         residues: list[Tensor] = []
+        further: list[Tensor] = []
         for step in tape.coupling.steps:
-            value, snapshot = _evaluate(tape, layer, step, streams, ctx.outside)
+            value, rest, snapshot = _evaluate(tape, layer, step, streams, ctx.outside)
             streams, coupled = step.forward(tape.arithmetic, streams, value)
             ctx.snapshots.append(snapshot)
+            ctx.further.append(slice(len(further), len(further) + len(rest)))
+            further += rest
             ctx.residue_of.append(None if coupled.residue is None else len(residues))
             if coupled.residue is not None:
                 residues.append(coupled.residue)
@@ -143,16 +161,18 @@ class _ReversibleLayer(torch.autograd.Function):
         ctx.versions = [version_of(tensor) for tensor in (*layer.outside, *layer.parameters)]
         tape.streams = tape.kept = tape.coupling.switched(streams)
         tape.depth = ctx.depth
-        return _handles(tape)
+        return *_handles(tape), *further
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, gradient1: Tensor | None, gradient2: Tensor | None, *further: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         _check_backward(ctx)
         tape, layer = ctx.tape, ctx.layer
         anchored = tape.anchored(ctx.depth - 1)
         anchor, residues = ctx.saved_tensors[: 2 * anchored], ctx.saved_tensors[2 * anchored :]
         streams = tape.coupling.switched(tape.take_outputs(ctx.depth))
-        gradients = list(tape.coupling.switched(output_gradients))
+        gradients = list(tape.coupling.switched((gradient1, gradient2)))
         rest: list[Tensor | None] = [None] * (len(layer.outside) + len(layer.parameters))
         leaves = (*ctx.outside, *layer.parameters)
         # The lowest trainable layer's input gets no gradient, and no layer below needs its streams.
@@ -160,11 +180,11 @@ class _ReversibleLayer(torch.autograd.Function):
         with requiring_grad(layer.parameters):
             for index in reversed(range(len(tape.coupling.steps))):
                 step, slot = tape.coupling.steps[index], ctx.residue_of[index]
-                source, value = _reevaluate(tape, layer, step, streams, ctx.outside, ctx.snapshots[index])
+                source, values = _reevaluate(tape, layer, step, streams, ctx.outside, ctx.snapshots[index])
                 residue = None if slot is None else residues[slot]
-                streams = step.inverse(tape.arithmetic, streams, None if value is None else value.detach(), residue)
+                streams = step.inverse(tape.arithmetic, streams, values[0].detach() if values else None, residue)
                 wanted = source if below or index > 0 else None
-                _differentiate(step, wanted, value, gradients, leaves, rest)
+                _differentiate(step, wanted, values, further[ctx.further[index]], gradients, leaves, rest)
         last = not below or ctx.depth == 1
         tape.leave_inputs(ctx.depth - 1, streams, anchor if anchored else None, last=last)
         return None, None, *gradients, *rest
@@ -172,57 +192,73 @@ class _ReversibleLayer(torch.autograd.Function):
 
 def _evaluate(
     tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor]
-) -> tuple[Tensor | None, Snapshot | None]:
-    """Runs a step's function as the backward pass will; returns its value alone and what the rerun must find."""
+) -> tuple[Tensor | None, tuple[Tensor, ...], Snapshot | None]:
+    """Runs a step's function as the backward pass will; returns its values alone and what the rerun must find."""
     if step.function not in layer.functions:
-        return None, None
+        return None, (), None
     snapshot = Snapshot.take(tape.device, layer.modules)
     with torch.enable_grad(), private_graph():
         source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
-        value = _call(layer, step, source, outside).detach()
-    return value, snapshot.without_unused_rng()
+        values = _call(layer, step, source, outside)
+        if layer.vet:
+            _check_leaves(tape, values, (source, *outside, *layer.parameters))
+        value, *rest = (value.detach() for value in values)
+    return value, tuple(rest), snapshot.settled()
 
 
 def _reevaluate(
     tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor], snapshot: Snapshot | None
-) -> tuple[Tensor, Tensor | None]:
-    """Runs a step's function again; returns the leaf it read and its value with a graph."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Runs a step's function again; returns the leaf it read and its values with a graph (none without a function)."""
     source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
     if snapshot is None:
-        return source, None
+        return source, ()
     with torch.enable_grad(), private_graph(), snapshot.replayed():
-        return source, _call(layer, step, source, outside)
+        values = _call(layer, step, source, outside)
+        if layer.vet:
+            # Something that the first run left behind would give the right values, and gradients that go astray.
+            _check_leaves(tape, values, (source, *outside, *layer.parameters))
+        return source, values
 
 
-def _call(layer: Layer, step: Step, source: Tensor, outside: Sequence[Tensor]) -> Tensor:
+def _call(layer: Layer, step: Step, source: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Aliases: hooks that tools put on the arguments of modules do not work on leaves within `torch.autograd.grad`.
-    return layer.functions[step.function](source.view_as(source), [tensor.view_as(tensor) for tensor in outside])
+    return _values(
+        layer.functions[step.function](source.view_as(source), [tensor.view_as(tensor) for tensor in outside])
+    )
+
+
+def _values(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else output
 
 
 def _differentiate(
     step: Step,
     source: Tensor | None,
-    value: Tensor | None,
+    values: tuple[Tensor, ...],
+    further: Sequence[Tensor | None],
     gradients: list[Tensor | None],
     leaves: Sequence[Tensor],
     rest: list[Tensor | None],
 ) -> None:
     """Moves the gradients of the streams (`gradients`, in place) below a step and adds those of `leaves` to `rest`.
 
-    `source` is the leaf that the step's function read, or None if nobody wants its gradient.
+    `source` is the leaf that the step's function read, or None if nobody wants its gradient; `further` are the
+    gradients of the function's further outputs.
     """
     above = gradients[step.target]
-    if above is None:
-        return
-    scaled = above if step.factor == 1 else above * step.factor
-    gradients[step.target] = scaled
-    # In the order in which ordinary autograd sums them, so that the bits agree as well.
-    if step.difference:
-        gradients[step.source] = _added(gradients[step.source], -scaled)
+    if above is not None:
+        scaled = above if step.factor == 1 else above * step.factor
+        gradients[step.target] = scaled
+        # In the order in which ordinary autograd sums them, so that the bits agree as well.
+        if step.difference:
+            gradients[step.source] = _added(gradients[step.source], -scaled)
+    known = [(value, above) for value, above in zip(values, (above, *further), strict=False) if above is not None]
     wanted = leaves if source is None else (*leaves, source)
-    if value is None or not wanted:
+    if not known or not wanted:
         return
-    found = torch.autograd.grad(value, wanted, above.to(value.dtype), allow_unused=True)
+    reached = [value for value, _ in known]
+    found = torch.autograd.grad(reached, wanted, [above.to(value.dtype) for value, above in known], allow_unused=True)
     for index in range(len(leaves)):
         rest[index] = _added(rest[index], found[index])
     if source is not None:
@@ -235,17 +271,18 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return total + gradient.to(total.dtype)
 
 
-def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> Handles:
+def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...]:
     """Runs a layer's steps under ordinary autograd, on the same numbers as the reversible node."""
     streams = tape.streams
     assert streams is not None
-    routes = list(handles)
+    routes, further = list(handles), []
     for step in tape.coupling.steps:
         function = layer.functions.get(step.function)
         value = None
         if function is not None:
             source = _Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
-            value = function(source, layer.outside)
+            value, *rest = _values(function(source, layer.outside))
+            further += rest
         detached = None if value is None else value.detach()
         streams, coupled = step.forward(tape.arithmetic, streams, detached)
         if coupled.magnitude is not None:
@@ -255,7 +292,7 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> Handles:
     routes = list(tape.coupling.switched(tuple(routes)))
     newest = tape.coupling.newest
     routes[newest] = _Attach.apply(tape.hidden(newest), routes[newest])
-    return routes[0], routes[1]
+    return routes[0], routes[1], *further
 
 
 def _handles(tape: Tape) -> Handles:
@@ -301,14 +338,41 @@ class _Readout(torch.autograd.Function):
     """The output rule: a weighted sum of the two streams."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, handle1: Tensor, handle2: Tensor) -> Tensor:
-        ctx.weights = tape.coupling.weights()
+    def forward(ctx: Any, tape: Tape, inner: bool, handle1: Tensor, handle2: Tensor) -> Tensor:
+        ctx.weights, ctx.tape, ctx.depth = tape.coupling.weights(), tape if inner else None, tape.forward_depth
+        if inner:
+            assert tape.streams is not None
+            ctx.save_for_backward(*tape.streams)
         return tape.coupling.read(tape.hidden(0), tape.hidden(1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        if ctx.tape is not None:
+            ctx.tape.descend(ctx.depth, ctx.saved_tensors)
         w1, w2 = ctx.weights
-        return None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
+        return None, None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
+
+
+def _check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> None:
+    """Looks for tensors in a function's graph that require gradients and would get none."""
+    names = {id(tensor) for tensor in known}
+    pending = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and id(variable) not in names:
+            raise UnsupportedModelError(
+                f"A layer of {tape.name} uses a tensor of shape {tuple(variable.shape)} that requires "
+                "gradients but is neither one of its parameters nor among its arguments (another module's weight, or "
+                "something that an earlier layer or run left behind), so a reversible layer could not pass its "
+                "gradient on. Freeze that tensor (requires_grad_(False)), leave this stack out with stacks=[...], or "
+                'use backward="cached".'
+            )
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
 
 
 def _check_backward(ctx: Any) -> None:

@@ -25,6 +25,7 @@ class Plan:
         cached_layers: highest layers that keep their activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: layers between streams that are kept, or None.
+        feedforward_module: the child of a layer beside which the parallel adapter stands; None for the known one.
     """
 
     coupling: Coupling | None
@@ -34,6 +35,7 @@ class Plan:
     cached_layers: int
     drift_tolerance: float
     anchor_every: int | None = None
+    feedforward_module: str | None = None
 
     @classmethod
     def make(
@@ -51,6 +53,7 @@ class Plan:
         cached_layers: int = 0,
         drift_tolerance: float = 1e-2,
         anchor_every: int | None = None,
+        feedforward_module: str | None = None,
     ) -> Plan:
         """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
 
@@ -74,7 +77,16 @@ class Plan:
             steps = make_coupling(coupling, lam=lam, beta=beta, gamma=gamma, output=output)
             steps.check(numbers)
         reversible = backward == "reversible"
-        return cls(steps, numbers, reversible, frozen_layers, cached_layers, float(drift_tolerance), anchor_every)
+        return cls(
+            steps,
+            numbers,
+            reversible,
+            frozen_layers,
+            cached_layers,
+            float(drift_tolerance),
+            anchor_every,
+            feedforward_module,
+        )
 
     def check_depth(self, name: str, depth: int) -> None:
         """Raises ConfigError if a stack of `depth` layers is too shallow for the frozen and cached layers."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 _SDPA_FLAGS = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
@@ -81,13 +82,17 @@ class Autocast:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any."""
+    """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any.
+
+    `buffers` are those that the call updates (running statistics of a batch norm): a second call must not do it again.
+    """
 
     rng: RngState | None
     autocast: tuple[Autocast, ...]
     sdpa: tuple[bool, ...]
     modules: tuple[nn.Module, ...]
     training: tuple[bool, ...]
+    buffers: tuple[tuple[nn.Module, str, int], ...] = ()
 
     @classmethod
     def take(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> Snapshot:
@@ -99,13 +104,20 @@ class Snapshot:
             tuple(bool(read()) for read, _ in _SDPA_FLAGS),
             modules,
             tuple(module.training for module in modules),
+            tuple(
+                (module, name, buffer._version)
+                for module in modules
+                for name, buffer in module._buffers.items()
+                if buffer is not None and not buffer.is_inference()
+            ),
         )
 
-    def without_unused_rng(self) -> Snapshot:
-        """Drops the generator states if the call just made drew nothing: they are 5 kB on the CPU."""
-        if self.rng is None or not self.rng.same_as(RngState.take(self.rng.device)):
-            return self
-        return Snapshot(None, self.autocast, self.sdpa, self.modules, self.training)
+    def settled(self) -> Snapshot:
+        """Keeps what the call just made turned out to need: no generator states (5 kB on a CPU) if it drew nothing."""
+        rng = self.rng
+        if rng is not None and rng.same_as(RngState.take(rng.device)):
+            rng = None
+        return replace(self, rng=rng, buffers=tuple(entry for entry in self.buffers if _updated(*entry)))
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -115,6 +127,7 @@ class Snapshot:
                 stack.enter_context(autocast.context())
             stack.enter_context(_sdpa(self.sdpa))
             stack.enter_context(_training(self.modules, self.training))
+            stack.enter_context(_spared(self.buffers))
             if self.rng is not None:
                 stack.callback(RngState.take(self.rng.device).put)
                 self.rng.put()
@@ -148,6 +161,25 @@ def _training(modules: Sequence[nn.Module], wanted: Sequence[bool]) -> Iterator[
     finally:
         for module, present in changed:
             module.training = present
+
+
+def _updated(module: nn.Module, name: str, version: int) -> bool:
+    now = module._buffers[name]
+    # The kernel of a batch norm updates its statistics unseen by version counters.
+    return now is None or now._version != version or (isinstance(module, _NormBase) and module.training)
+
+
+@contextmanager
+def _spared(buffers: Sequence[tuple[nn.Module, str, int]]) -> Iterator[None]:
+    """Lets a call update copies: in-place restoration would invalidate what its graph has saved."""
+    originals = [(module, name, module._buffers[name]) for module, name, _ in buffers]
+    try:
+        for module, name, original in originals:
+            module._buffers[name] = None if original is None else original.clone()
+        yield
+    finally:
+        for module, name, original in originals:
+            module._buffers[name] = original
 
 
 @contextmanager

@@ -163,10 +163,15 @@ class Tape:
             raise ConsumedTapeError(
                 f"The backward pass of layer {depth - 1} of {self.name} needs the streams above it, but they {where}: "
                 "a reversible forward pass can be differentiated once, from its output down. Two calls of backward() "
-                "on one forward pass, or a loss on an inner hidden state alone, do not fit that. Add the losses up and "
-                'call backward() once, run the forward pass again, or use backward="cached".'
+                "on one forward pass do not fit that. Add the losses up and call backward() once, run the forward pass "
+                'again, or use backward="cached".'
             )
         return self.kept
+
+    def descend(self, depth: int, streams: Streams) -> None:
+        """Lets the backward pass begin above `depth` layers, if no gradient came from further up."""
+        if self.kept is not None and self.depth > depth:
+            self.kept, self.depth = streams, depth
 
     def anchored(self, depth: int) -> bool:
         """Tells whether the streams below layer `depth` are kept."""

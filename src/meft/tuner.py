@@ -15,17 +15,29 @@ from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.utils import logging
 
 from .adapters import Bottleneck, new_projections
 from .architectures import feed_forward_of
 from .config import MeftConfig
 from .convert import Stack, find_stacks, prepare_stack, pretrained_of, undo
-from .errors import CheckpointError, ConfigError
-from .layers import Placement, ReversibleLayer, Segment
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .layers import ReversibleLayer
 from .peft_type import MEFT
+from .segment import Placement, Segment
 
-_ACTIVATION_NAMES = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
+logger = logging.get_logger(__name__)
+
+_ACTIVATION_NAMES = (
+    "hidden_act",
+    "activation_function",
+    "hidden_activation",
+    "activation",
+    "dense_act_fn",
+    "encoder_activation_function",
+    "mlp_hidden_act",
+)
 _DROPOUT_NAMES = ("hidden_dropout_prob", "dropout", "hidden_dropout", "resid_pdrop", "dropout_rate", "resid_dropout")
 
 _BART_HEAD = "classification_head"
@@ -76,7 +88,7 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         if segment.frozen(index):
             return
         # The parallel adapter must have a place before anything is changed.
-        feed_forward_of(self.base_layer, f"{segment.name}.{index} of {segment.model}")
+        feed_forward_of(self.base_layer, segment.layer_name(index), config.feedforward_module)
         for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
             down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
             getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
@@ -137,16 +149,19 @@ class MeftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(MeftConfig, self.peft_config[adapter_name])
         plan = config.plan()
-        stacks = find_stacks(model)
+        stacks = find_stacks(model, config.stacks)
         _refuse_plain_reversible(stacks)
         self._check_base(config, stacks)
         # Everything that can be refused is refused here, before the model is changed.
         places = {}
         for stack in stacks:
             segment = stack.segment(plan)
+            _refuse_shared(stack)
             for index, layer in enumerate(stack.layers):
                 if not segment.frozen(index):
-                    feed_forward_of(pretrained_of(layer), f"{segment.name}.{index} of {segment.model}")
+                    pretrained = pretrained_of(layer)
+                    feed_forward_of(pretrained, segment.layer_name(index), config.feedforward_module)
+                    _refuse_compiled(pretrained, segment.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, segment, index)
         self._places = places
         for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
@@ -261,21 +276,52 @@ def _refuse_plain_reversible(stacks: list[Stack]) -> None:
             )
 
 
+def _refuse_shared(stack: Stack) -> None:
+    """PEFT visits a module once, however often it stands in a list."""
+    if len({id(layer) for layer in stack.layers}) < len(stack.layers):
+        raise UnsupportedModelError(
+            f"{stack.name} of {type(stack.owner).__name__} holds the same layer several times, which would share one "
+            "set of adapters. Use make_reversible with LoRA, or give each place a layer of its own."
+        )
+
+
+def _refuse_compiled(layer: nn.Module, name: str) -> None:
+    """Adapters are placed by hooks, which a compiled module may not run."""
+    for path, module in layer.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{path} in {name} is compiled, and a compiled module may leave out the adapters that MEFT places in "
+                "it. Add the adapter to a model that is not compiled, and compile the whole model afterwards "
+                "(torch.compile(model))."
+            )
+
+
 def _described(layers: list[dict[str, Any]] | None) -> str:
     return " and ".join(f"{s['layers']} {s['layer']} of width {s['hidden_size']}" for s in layers or [])
 
 
 def _activation(stack: Stack) -> Callable[[Tensor], Tensor]:
+    """The model's own non-linearity: named by its configuration, or a module of its layers; else GELU, with a word."""
     for name in _ACTIVATION_NAMES:
         value = getattr(stack.config, name, None)
         if isinstance(value, str) and value in ACT2FN:
-            return ACT2FN[value]
-        if callable(value):
+            activation = ACT2FN[value]
+            # Some have parameters of their own, which are the model's.
+            if not (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
+                return activation
+        if callable(value) and not isinstance(value, type):
             return value
-    raise ConfigError(
+    known = tuple(value[0] if isinstance(value, tuple) else value for value in ACT2CLS.values())
+    for module in pretrained_of(stack.layers[0]).modules():
+        if isinstance(module, tuple(value for value in known if isinstance(value, type))) and not any(
+            True for _ in module.parameters()
+        ):
+            return module
+    logger.warning_once(
         f"The non-linearity of {type(stack.owner).__name__} is not known: its configuration has none of "
-        f"{', '.join(_ACTIVATION_NAMES)}."
+        f"{', '.join(_ACTIVATION_NAMES)}. The adapters use GELU."
     )
+    return ACT2FN["gelu"]
 
 
 def _dropout(stack: Stack) -> float:

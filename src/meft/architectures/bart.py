@@ -1,13 +1,14 @@
-"""BART: post-norm, functional dropout, cross-attention in the decoder (`BartEncoderLayer`, `BartDecoderLayer`)."""
+"""BART, Marian and relatives: norms after the residuals, functional dropout, cross-attention in the decoder."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Architecture, dropped
+from .base import Architecture, arguments, dropped, named, rows
 
 
 def encoder_attention_block(layer: Any, hidden: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
@@ -39,6 +40,24 @@ def decoder_attention_block(
     return layer.encoder_attn_layer_norm(hidden + dropped(layer, attended, layer.dropout))
 
 
+def weights_decoder_attention_block(
+    layer: Any,
+    hidden: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """TrOCR returns a tuple, with the attention weights if asked for."""
+    given = named(layer, arguments(layer, args, kwargs))
+    given.pop("use_cache")
+    encoder, mask = (given.pop(name) for name in ("encoder_hidden_states", "encoder_attention_mask"))
+    attended, weights = layer.self_attn(hidden, **given)
+    hidden, crossed = layer.self_attn_layer_norm(hidden + dropped(layer, attended, layer.dropout)), None
+    if encoder is not None:
+        attended, crossed = layer.encoder_attn(hidden, key_value_states=encoder, **{**given, "attention_mask": mask})
+        hidden = layer.encoder_attn_layer_norm(hidden + dropped(layer, attended, layer.dropout))
+    return (hidden, weights, crossed) if given["output_attentions"] else (hidden,)
+
+
 def decoder_feed_forward_block(layer: Any, hidden: Tensor) -> Tensor:
     inner = dropped(layer, layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout)
     return layer.final_layer_norm(hidden + dropped(layer, layer.fc2(inner), layer.dropout))
@@ -59,6 +78,7 @@ ENCODER_LAYER = Architecture(
     attention_exit="self_attn.out_proj",
     attention_block=encoder_attention_block,
     feed_forward_block=encoder_feed_forward_block,
+    children=frozenset({"self_attn", "self_attn_layer_norm", "activation_fn", "fc1", "fc2", "final_layer_norm"}),
 )
 
 DECODER_LAYER = Architecture(
@@ -67,4 +87,28 @@ DECODER_LAYER = Architecture(
     attention_exit="self_attn.out_proj",
     attention_block=decoder_attention_block,
     feed_forward_block=decoder_feed_forward_block,
+    children=ENCODER_LAYER.children | {"encoder_attn", "encoder_attn_layer_norm"},
 )
+WEIGHTS_DECODER_LAYER = replace(DECODER_LAYER, attention_block=weights_decoder_attention_block)
+
+ROWS = {
+    **rows(
+        ENCODER_LAYER,
+        "BartEncoderLayer",
+        "BlenderbotSmallEncoderLayer",
+        "InformerEncoderLayer",
+        "MarianEncoderLayer",
+        "PLBartEncoderLayer",
+        "TimeSeriesTransformerEncoderLayer",
+    ),
+    **rows(
+        DECODER_LAYER,
+        "BartDecoderLayer",
+        "BlenderbotSmallDecoderLayer",
+        "InformerDecoderLayer",
+        "MarianDecoderLayer",
+        "PLBartDecoderLayer",
+        "TimeSeriesTransformerDecoderLayer",
+    ),
+    "TrOCRDecoderLayer": WEIGHTS_DECODER_LAYER,
+}

@@ -45,4 +45,7 @@ LAYER = Architecture(
     attention_exit="self_attn.out_proj",
     attention_block=attention_block,
     feed_forward_block=feed_forward_block,
+    children=frozenset({"self_attn", "self_attn_layer_norm", "activation_fn", "fc1", "fc2", "final_layer_norm"}),
 )
+
+ROWS = {"OPTDecoderLayer": LAYER}

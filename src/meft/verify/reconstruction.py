@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..convert import Stack
 from ..couplings import Streams
-from ..layers import Segment
+from ..segment import Segment
 from ..replay import Autocast
 from ..tape import Tape
 from .report import LayerError

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..convert import find_stacks
 from ..engine import observed_by
 from ..errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
-from ..layers import ReversibleLayer, Segment
+from ..layers import ReversibleLayer
+from ..segment import Segment
 from ..plan import Plan
 from ..replay import RngState
 from .gradients import Gradient, gradients_of, loss_of, relative_differences
