@@ -141,10 +141,15 @@ class Graph:
             if node is not None and node not in self.nodes:
                 self.nodes.add(node)
                 waiting += [after for after, _ in node.next_functions]
-        self.layers = [node for node in self.nodes if node.name() == "_ReversibleLayerBackward"]
+        self.steps = [node for node in self.nodes if node.name() == "_ReversibleStepBackward"]
 
     def saved_bytes(self) -> list[int]:
-        return [sum(tensor.nbytes for tensor in node.saved_tensors) for node in self.layers]
+        """What the nodes of each layer save, from the lowest to the highest."""
+        layers: dict[int, int] = {}
+        for node in sorted(self.steps, key=lambda node: node.level):
+            layer = node.tape.layer_of(node.level)
+            layers[layer] = layers.get(layer, 0) + sum(tensor.nbytes for tensor in node.saved_tensors)
+        return list(layers.values())
 
 
 @pytest.mark.parametrize(
@@ -195,7 +200,7 @@ def test_no_node_and_nothing_kept_under_no_grad_or_without_anything_to_train(hid
         assert not forward(blocks(), hidden).requires_grad
     assert not forward(blocks().requires_grad_(False), hidden).requires_grad
     graph = Graph(forward(blocks(), hidden, reversible=lambda index: False))
-    assert not graph.layers
+    assert not graph.steps
 
 
 def flops_of(step: Callable[[], object]) -> int:

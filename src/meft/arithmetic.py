@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .residues import MAX_DIVISOR, bits_for, pack, unpack
+from .tiles import packed_slab, slabs
 
 INT32_LIMIT = 2**31
 MIN_FRACTION_BITS, MAX_FRACTION_BITS = 4, 24
@@ -66,8 +67,10 @@ class Arithmetic(Protocol):
     def couple(self, x: Tensor, f: Tensor | None, factor: float) -> Coupled:
         """Computes y = factor * x + f; f is None for zero."""
 
-    def uncouple(self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None) -> Tensor:
-        """Computes x = (y - f) / factor."""
+    def uncouple(
+        self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
+    ) -> Tensor:
+        """Computes x = (y - f) / factor, in y's memory where that is allowed and possible."""
 
     def check_factor(self, name: str, factor: float) -> None:
         """Raises ConfigError if this arithmetic cannot scale by `factor`."""
@@ -93,7 +96,9 @@ class FloatArithmetic:
         y = x if factor == 1 else factor * x
         return Coupled(y if f is None else y + f.to(x.dtype))
 
-    def uncouple(self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None) -> Tensor:
+    def uncouple(
+        self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
+    ) -> Tensor:
         x = y if f is None else y - f.to(y.dtype)
         return x if factor == 1 else x / factor
 
@@ -123,27 +128,52 @@ class FixedPoint:
         return float(INT32_LIMIT >> self.fraction_bits)
 
     def encode(self, hidden: Tensor) -> Tensor:
-        return self._quantise(hidden)
+        return self._quantise(hidden).contiguous()
 
     def decode(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
         return stream.to(_working_dtype(dtype)).mul_(2.0**-self.fraction_bits).to(dtype)
 
     def couple(self, x: Tensor, f: Tensor | None, factor: float) -> Coupled:
         divisor = _divisor(factor)
-        scaled, residue = (x, None) if divisor == 1 else _divide(x, divisor)
-        if f is None:
-            return Coupled(scaled, residue)
-        y = scaled + self._quantise(f)
-        # The float sum does not wrap around, so it tells what the integer sum should have been.
-        magnitude = torch.add(f.detach().to(torch.float32), scaled, alpha=2.0**-self.fraction_bits)
-        return Coupled(y, residue, _peak(magnitude))
+        if f is None and divisor == 1:
+            return Coupled(x)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x_flat, y_flat, f_flat = x.reshape(-1), y.view(-1), None if f is None else f.detach().reshape(-1)
+        residues, peaks = [], []
+        for slab in slabs(x):
+            scaled = x_flat[slab]
+            if divisor != 1:
+                scaled, residue = _divide(scaled, divisor)
+                residues.append(residue)
+            if f_flat is None:
+                y_flat[slab] = scaled
+                continue
+            torch.add(scaled, self._quantise(f_flat[slab]), out=y_flat[slab])
+            # The float sum does not wrap around, so it tells what the integer sum should have been.
+            magnitude = torch.add(f_flat[slab].to(torch.float32), scaled, alpha=2.0**-self.fraction_bits)
+            peaks.append(magnitude.abs_().amax())
+        if f is not None and not peaks:
+            peaks = [y.new_zeros((), dtype=torch.float32)]
+        return Coupled(y, _joined(residues), torch.stack(peaks).amax() if peaks else None)
 
-    def uncouple(self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None) -> Tensor:
-        divisor = _divisor(factor)
-        scaled = y if f is None else y - self._quantise(f)
-        if residue is None:
-            return scaled
-        return (scaled * divisor).add_(unpack(residue, bits_for(divisor), y.shape))
+    def uncouple(
+        self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
+    ) -> Tensor:
+        divisor, bits = _divisor(factor), bits_for(_divisor(factor))
+        if f is None and residue is None:
+            return y
+        x = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
+        # `view`, so that a stream that is not contiguous cannot be missed in place.
+        x_flat, y_flat, f_flat = x.view(-1), y.reshape(-1), None if f is None else f.detach().reshape(-1)
+        for slab in slabs(y):
+            scaled = y_flat[slab]
+            if f_flat is not None:
+                scaled = scaled - self._quantise(f_flat[slab])
+            if residue is not None:
+                lost = unpack(packed_slab(residue, slab, bits), bits, scaled.shape)
+                scaled = lost.add_(scaled, alpha=divisor)
+            x_flat[slab] = scaled
+        return x
 
     def check_factor(self, name: str, factor: float) -> None:
         inverse = 1 / factor if math.isfinite(factor) and factor > 0 else math.nan
@@ -202,5 +232,7 @@ def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     return quotient, pack(x - quotient * divisor, bits)
 
 
-def _peak(values: Tensor) -> Tensor:
-    return values.abs_().amax() if values.numel() else values.new_zeros(())
+def _joined(residues: list[Tensor]) -> Tensor | None:
+    if not residues:
+        return None
+    return residues[0] if len(residues) == 1 else torch.cat(residues)

@@ -48,6 +48,12 @@ class MeftConfig(PeftConfig):
         stacks: names of the layer stacks to take, or of modules they lie in ("vision_tower"); None for all.
         feedforward_module: child of a layer, as "mlp", beside which the parallel adapter stands; None for the one that
             is known of the family, or has a usual name (docs/architectures.md).
+        granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
+            them is rebuilt at a time (`momentum`, in families whose layers split).
+        tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
+            "auto" for 256 from 1024 tokens up, None for all.
+        fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
+            training (`meft.head`).
         modules_to_save: modules besides the adapters to train and save; PEFT adds the task's head.
 
     Raises:
@@ -69,6 +75,9 @@ class MeftConfig(PeftConfig):
     anchor_every: int | None = field(default=None, metadata={"help": "Layers between streams that are kept."})
     stacks: list[str] | None = field(default=None, metadata={"help": "Layer stacks to take; all by default."})
     feedforward_module: str | None = field(default=None, metadata={"help": "The feed-forward's name in a layer."})
+    granularity: str = field(default="layer", metadata={"help": "layer, or block for momentum."})
+    tile_size: int | str | None = field(default="auto", metadata={"help": "Tokens to a feed-forward block, or auto."})
+    fused_loss: bool = field(default=True, metadata={"help": "Language-model losses without whole logits."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     target_modules: None = field(default=None, metadata={"help": "Unused: MEFT takes every layer of every stack."})
     base_layers: list[dict[str, Any]] | None = field(
@@ -110,6 +119,8 @@ class MeftConfig(PeftConfig):
             drift_tolerance=self.drift_tolerance,
             anchor_every=self.anchor_every,
             feedforward_module=self.feedforward_module,
+            granularity=self.granularity,
+            tile_size=self.tile_size,
         )
 
     @classmethod

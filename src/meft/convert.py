@@ -21,6 +21,7 @@ from .architectures import split_of
 from .architectures.repeats import order_of
 from .couplings import OutputRule
 from .errors import ConfigError, UnsupportedModelError
+from .head import attach, detach
 from .layers import ReversibleLayer
 from .plan import Plan
 from .segment import Segment
@@ -99,8 +100,9 @@ class Stack:
             name = f"{self.name}.{index} of {model}"
             if plan.coupling is not None:
                 _refuse(pretrained, name)
-                if plan.coupling.name == "meft3":
-                    split_of(pretrained, name)
+                if plan.coupling.splits:
+                    asked = 'coupling="meft3"' if plan.coupling.name == "meft3" else 'granularity="block"'
+                    split_of(pretrained, name, asked)
         self._refuse_widths(model)
         return Segment(plan, self.name, model, order)
 
@@ -171,6 +173,9 @@ def make_reversible(
     drift_tolerance: float = 1e-2,
     anchor_every: int | None = None,
     stacks: Sequence[str] | None = None,
+    granularity: str = "layer",
+    tile_size: int | str | None = "auto",
+    fused_loss: bool = True,
 ) -> nn.Module:
     """Makes every layer stack of a model reversible, in place, without adding anything to train.
 
@@ -197,6 +202,12 @@ def make_reversible(
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
             not deterministic; the integrity check then warns past `drift_tolerance` instead of raising.
         stacks: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all.
+        granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
+            them is rebuilt at a time (`momentum`, in families whose layers split).
+        tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
+            "auto" for 256 from 1024 tokens up, None for all.
+        fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
+            training (`meft.head`).
 
     Returns:
         The model that was passed in.
@@ -218,6 +229,8 @@ def make_reversible(
         cached_layers=cached_layers,
         drift_tolerance=drift_tolerance,
         anchor_every=anchor_every,
+        granularity=granularity,
+        tile_size=tile_size,
     )
     taken = find_stacks(model, stacks)
     for stack in taken:
@@ -233,6 +246,8 @@ def make_reversible(
         _freeze(stack, segment)
         for index, layer in enumerate(stack.layers):
             stack.layers[index] = ReversibleLayer(layer, segment, index)
+    if fused_loss:
+        segments[0].changes.extend(attach(model))
     return model
 
 
@@ -261,6 +276,8 @@ def restore(model: nn.Module) -> nn.Module:
         undo(layer._placement.segment)
         layer.pretrained.training = layer.training
         container[index] = layer.pretrained
+    # PEFT copies a head that it trains, together with what was done to it.
+    detach(model)
     return model
 
 

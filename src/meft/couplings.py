@@ -12,7 +12,9 @@ and, since each line changes one stream by a function of the other, is undone li
     x1 = (y1 - F(x2)) / lam
 
 So a coupling is a list of steps, "add to this stream a function of that one". `momentum` has one step,
-y1 = F(x2) - gamma * (x2 - x1): it scales the difference x1 - x2 where the others scale x1.
+y1 = F(x2) - gamma * (x2 - x1): it scales the difference x1 - x2 where the others scale x1. With granularity "block" it
+takes that step twice a layer, first with the attention block as F, then with the feed-forward block as G, so that only
+one of them is rebuilt at a time.
 
 | coupling   | F                                  | G                                  | lam | beta | switch | output |
 |------------|------------------------------------|------------------------------------|-----|------|--------|--------|
@@ -20,6 +22,7 @@ y1 = F(x2) - gamma * (x2 - x1): it scales the difference x1 - x2 where the other
 | `meft2`    | adapter                            | layer, adapter beside feed-forward | 1   | 0.1  | yes    | mean   |
 | `meft3`    | attention block, adapter on output | feed-forward block, adapter beside | 0.1 | 0.1  | no     | mean   |
 | `momentum` | layer, adapter beside feed-forward | none                               | gamma 1/4  | yes    | newest |
+| by blocks  | attention block                    | feed-forward block, adapter beside | gamma 1/4  | no     | newest |
 
 Sources: MEFT, Liao, Tan and Monz 2023 (arXiv 2306.00477), section 3; RevNet, Gomez et al. 2017; momentum residual
 networks, Sander et al. 2021 (arXiv 2102.07870).
@@ -31,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, Coupled
@@ -40,6 +44,7 @@ Streams = tuple[Tensor, Tensor]
 OutputRule = Literal["mean", "newest"] | tuple[str, float] | Sequence[str | float]
 
 COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
+GRANULARITIES = ("layer", "block")
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,19 @@ class Step:
         coupled = arithmetic.couple(x, f, self.factor)
         return self._with_target(streams, coupled.stream), coupled
 
-    def inverse(self, arithmetic: Arithmetic, streams: Streams, f: Tensor | None, residue: Tensor | None) -> Streams:
-        """Undoes the step; streams are those after it. Returns those before it."""
-        x = arithmetic.uncouple(streams[self.target], f, self.factor, residue)
+    def inverse(
+        self,
+        arithmetic: Arithmetic,
+        streams: Streams,
+        f: Tensor | None,
+        residue: Tensor | None,
+        *,
+        in_place: bool = False,
+    ) -> Streams:
+        """Undoes the step; streams are those after it. Returns those before it, in their memory if `in_place`."""
+        x = arithmetic.uncouple(streams[self.target], f, self.factor, residue, in_place=in_place)
         if self.difference:
-            x = x + streams[self.source]
+            x = torch.add(x, streams[self.source], out=x if in_place else None)
         return self._with_target(streams, x)
 
     def _with_target(self, streams: Streams, value: Tensor) -> Streams:
@@ -84,6 +97,7 @@ class Coupling:
         switch: whether the streams change places after the steps.
         newest: index, after switching, of the stream that holds the pretrained layer's output.
         output: weights (older, newest) of the streams in the hidden state that leaves the stack.
+        splits: whether F and G are the attention block and the feed-forward block of a layer.
     """
 
     name: str
@@ -91,6 +105,7 @@ class Coupling:
     switch: bool
     newest: Literal[0, 1]
     output: tuple[float, float]
+    splits: bool = False
 
     def switched(self, pair: tuple) -> tuple:
         """Switches a pair (streams, gradients) if this coupling does; it is its own inverse."""
@@ -129,6 +144,7 @@ def make_coupling(
     beta: float | None = None,
     gamma: float | None = None,
     output: OutputRule | None = None,
+    granularity: str = "layer",
 ) -> Coupling:
     """Builds a coupling by name.
 
@@ -142,9 +158,11 @@ def make_coupling(
         beta: factor of the second stream (meft1, meft2, meft3); None for the coupling's own.
         gamma: factor of the difference of the streams (momentum); None for 1/4.
         output: "mean", "newest" or ("sum", s) for newest + s * older; None for the coupling's own.
+        granularity: what momentum takes as its F: "layer", or "block" for the attention and the feed-forward block in
+            turn.
 
     Raises:
-        ConfigError: unknown name, a factor the coupling does not have, or an output rule that is none.
+        ConfigError: unknown name, a factor or granularity the coupling does not have, or an output rule that is none.
     """
     if name not in COUPLINGS:
         raise ConfigError(
@@ -157,14 +175,26 @@ def make_coupling(
                 f"{factor}={value!r} was given, but coupling={name!r} has no {factor}. Its factors are "
                 f"{' and '.join(_factor_names(name))}: leave {factor} out or choose another coupling."
             )
+    if granularity not in GRANULARITIES or (granularity == "block" and name != "momentum"):
+        raise ConfigError(
+            f'granularity={granularity!r} does not go with coupling={name!r}. Valid: "layer", and for "momentum" also '
+            '"block"; "meft3" couples blocks as it is. Choose one of these.'
+        )
     if name == "momentum":
-        steps: tuple[Step, ...] = (Step("F", 0, 1, _DEFAULT_GAMMA if gamma is None else gamma, difference=True),)
-        return Coupling(name, steps, switch=True, newest=1, output=_output_weights(output or "newest"))
+        own = _DEFAULT_GAMMA if gamma is None else gamma
+        steps: tuple[Step, ...] = (Step("F", 0, 1, own, difference=True),)
+        weights = _output_weights(output or "newest")
+        if granularity == "layer":
+            return Coupling(name, steps, switch=True, newest=1, output=weights)
+        # Twice the one step with a switch: the second adds to the stream that the first one read.
+        steps = (*steps, Step("G", 1, 0, own, difference=True))
+        return Coupling(name, steps, switch=False, newest=1, output=weights, splits=True)
     own_lam, own_beta = _DEFAULTS[name]
     steps = (Step("F", 0, 1, own_lam if lam is None else lam), Step("G", 1, 0, own_beta if beta is None else beta))
     # The pretrained layer's output is y1 in meft1 and y2 in meft2 and meft3; meft1 and meft2 switch.
     newest: Literal[0, 1] = 0 if name == "meft2" else 1
-    return Coupling(name, steps, switch=name != "meft3", newest=newest, output=_output_weights(output or "mean"))
+    weights = _output_weights(output or "mean")
+    return Coupling(name, steps, switch=name != "meft3", newest=newest, output=weights, splits=name == "meft3")
 
 
 def _factor_names(name: str) -> tuple[str, ...]:

@@ -1,16 +1,16 @@
-"""The reversible engine: one autograd node a layer, and the tape that carries the streams.
+"""The reversible engine: one autograd node a coupling step, and the tape that carries the streams.
 
 The rules, which the code below keeps in this order.
 
 1. A layer is a list of coupling steps (`couplings.Step`). Each adds to one stream a function of the other. The
    functions are the pretrained layer's blocks; the engine calls them as black boxes.
-2. The forward pass of a node computes the new streams and drops everything else: it saves only what the arithmetic
+2. The forward pass of a node computes the new stream and drops everything else: it saves only what the arithmetic
    needs to undo a division (`residue`, nothing in float arithmetic). The streams themselves are not saved by nodes.
    They travel on a `tape.Tape`, one for each forward pass through a stack, which holds the newest two and no others.
-3. The backward pass takes a layer's outputs from the tape, and undoes its steps last to first. For each: run the
-   function once more on the stream it read, subtract its value to get the stream before, and differentiate the same
-   run. The layer's inputs go back on the tape for the layer below. So each function runs twice in all, once in each
-   direction, and at most one layer's activations exist at any time.
+3. The backward pass takes a step's outputs from the tape and undoes the step: run the function once more on the stream
+   it read, subtract its value to get the stream before, and differentiate the same run. The step's inputs go back on
+   the tape for the step below. So each function runs twice in all, once in each direction, and at most one block's
+   activations exist at any time.
 4. Exactness: the recomputation must be the identical program. Forward runs under `enable_grad` too and drops its
    graph, since kernels may differ between grad modes; random numbers, autocast, attention kernels and training flags
    are recorded for each call (`replay.Snapshot`) and the surrounding state is left untouched.
@@ -26,24 +26,28 @@ The rules, which the code below keeps in this order.
 8. A block may compute more than the hidden state: position biases that the next layers use, router logits or
    attention weights that the loss uses. Those that carry gradients are further outputs of the node, and the gradients
    that come back for them are differentiated in the same run.
-9. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
-   passes, tensors that would get no gradient, streams that overflow, and streams that do not meet again where both
-   began.
+9. A function that acts on each token alone can be run tile by tile: rebuilt, inverted and differentiated in a single
+   pass over the tokens, with one tile's activations at a time. Streams that only the tape holds are rebuilt in place.
+10. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
+    passes, tensors that would get no gradient, streams that overflow, and streams that do not meet again where both
+    began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .couplings import Step, Streams
 from .errors import DoubleBackwardError, ModifiedTensorError, UnsupportedModelError
-from .replay import Snapshot, private_graph, requiring_grad
-from .tape import Handles, Tape, observed_by, version_of
+from .replay import RngState, Snapshot, private_graph, requiring_grad
+from .tape import Handles, Tape, observed_by, tell_residues, version_of
+from .tiles import tile_of, tiles, tokens
 
 __all__ = ["Function", "Layer", "Tape", "finish", "observed_by", "readout", "run_layer"]
 
@@ -61,6 +65,7 @@ class Layer:
         outside: tensors other than the hidden state that require gradients; given to the functions as their second
             argument, so that a recomputation can put detached ones in their place.
         modules: every module the functions run, for their training flags and buffers.
+        tile_sizes: for functions that act on each token alone, how many tokens to give them at once.
         vet: look whether the functions use tensors that require gradients and are none of the above.
     """
 
@@ -68,7 +73,12 @@ class Layer:
     parameters: tuple[Tensor, ...] = ()
     outside: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    tile_sizes: Mapping[str, int] = field(default_factory=dict)
     vet: bool = False
+
+    def tiles(self, step: Step, shape: torch.Size) -> list[slice]:
+        """The tiles of tokens in which a step is taken; one, if its function needs them all."""
+        return tiles(shape, self.tile_sizes.get(step.function))
 
 
 def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ...]:
@@ -91,7 +101,7 @@ def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ..
     if not reversible or not torch.is_grad_enabled():
         outputs = _run_cached(tape, layer, handles)
     elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
-        outputs = _ReversibleLayer.apply(tape, layer, *handles, *inputs)
+        outputs = _run_reversible(tape, layer, handles, inputs)
     else:
         with torch.no_grad():
             outputs = _run_cached(tape, layer, handles)
@@ -111,7 +121,12 @@ def readout(tape: Tape, *, inner: bool = False) -> Tensor:
             long as it lives, for the backward pass to start from if nothing comes from above.
     """
     handles = tape.live_handles()
-    inner = inner and tape.kept is not None and tape.forward_depth == tape.depth and torch.is_grad_enabled()
+    inner = (
+        inner
+        and tape.kept is not None
+        and tape.level == tape.level_of(tape.forward_depth, 0)
+        and torch.is_grad_enabled()
+    )
     if tape.coupling.output == (0, 1) and not inner:
         return handles[tape.coupling.newest]
     return _Readout.apply(tape, inner, *handles)
@@ -132,36 +147,38 @@ def finish(tape: Tape) -> Tensor:
     return output
 
 
-class _ReversibleLayer(torch.autograd.Function):
-    """One layer: forward runs its steps and drops their graphs, backward undoes them and differentiates."""
+def _run_reversible(tape: Tape, layer: Layer, handles: Handles, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Runs a layer's steps as one node each; returns the handles, then the functions' further outputs."""
+    further: list[Tensor] = []
+    for index in range(len(tape.coupling.steps)):
+        handle1, handle2, *rest = _ReversibleStep.apply(tape, layer, index, *handles, *inputs)
+        handles = handle1, handle2
+        further += rest
+    return *handles, *further
+
+
+class _ReversibleStep(torch.autograd.Function):
+    """One coupling step: forward takes it and drops its graph, backward undoes and differentiates it."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, layer: Layer, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tape: Tape, layer: Layer, index: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         streams = tape.streams
         assert streams is not None
-        anchor = streams if tape.anchored(tape.forward_depth) else ()
+        below = tape.level_of(tape.forward_depth, index)
+        anchor = streams if tape.anchored(below) else ()
         ctx.outside = tuple(tensor.detach().requires_grad_() for tensor in layer.outside)
-        ctx.snapshots, ctx.residue_of, ctx.further = [], [], []
+        ctx.step, ctx.last = tape.coupling.steps[index], index == len(tape.coupling.steps) - 1
         residues: list[Tensor] = []
         further: list[Tensor] = []
-        for step in tape.coupling.steps:
-            value, rest, snapshot = _evaluate(tape, layer, step, streams, ctx.outside)
-            streams, coupled = step.forward(tape.arithmetic, streams, value)
-            ctx.snapshots.append(snapshot)
-            ctx.further.append(slice(len(further), len(further) + len(rest)))
-            further += rest
-            ctx.residue_of.append(None if coupled.residue is None else len(residues))
-            if coupled.residue is not None:
-                residues.append(coupled.residue)
-            if coupled.magnitude is not None:
-                tape.watch(coupled.magnitude)
+        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.outside, residues, further)
         ctx.save_for_backward(*anchor, *residues)
+        tell_residues(residues)
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.layer, ctx.depth = tape, layer, tape.forward_depth + 1
+        ctx.tape, ctx.layer, ctx.level = tape, layer, below + 1
         ctx.versions = [version_of(tensor) for tensor in (*layer.outside, *layer.parameters)]
-        tape.streams = tape.kept = tape.coupling.switched(streams)
-        tape.depth = ctx.depth
-        return *_handles(tape), *further
+        tape.streams = tape.kept = tape.coupling.switched(streams) if ctx.last else streams
+        tape.level = ctx.level
+        return *_handles(tape, visible=ctx.last), *further
 
     @staticmethod
     def backward(
@@ -169,100 +186,182 @@ class _ReversibleLayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _check_backward(ctx)
         tape, layer = ctx.tape, ctx.layer
-        anchored = tape.anchored(ctx.depth - 1)
+        anchored = tape.anchored(ctx.level - 1)
         anchor, residues = ctx.saved_tensors[: 2 * anchored], ctx.saved_tensors[2 * anchored :]
-        streams = tape.coupling.switched(tape.take_outputs(ctx.depth))
-        gradients = list(tape.coupling.switched((gradient1, gradient2)))
+        streams, gradients = tape.take_outputs(ctx.level), (gradient1, gradient2)
+        if ctx.last:
+            streams, gradients = tape.coupling.switched(streams), tape.coupling.switched(gradients)
         rest: list[Tensor | None] = [None] * (len(layer.outside) + len(layer.parameters))
-        leaves = (*ctx.outside, *layer.parameters)
-        # The lowest trainable layer's input gets no gradient, and no layer below needs its streams.
-        below = any(ctx.needs_input_grad[2:4])
+        # The lowest trainable step's input gets no gradient, and no step below needs its streams.
+        below = any(ctx.needs_input_grad[3:5])
+        pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below)
         with requiring_grad(layer.parameters):
-            for index in reversed(range(len(tape.coupling.steps))):
-                step, slot = tape.coupling.steps[index], ctx.residue_of[index]
-                source, values = _reevaluate(tape, layer, step, streams, ctx.outside, ctx.snapshots[index])
-                residue = None if slot is None else residues[slot]
-                streams = step.inverse(tape.arithmetic, streams, values[0].detach() if values else None, residue)
-                wanted = source if below or index > 0 else None
-                _differentiate(step, wanted, values, further[ctx.further[index]], gradients, leaves, rest)
-        last = not below or ctx.depth == 1
-        tape.leave_inputs(ctx.depth - 1, streams, anchor if anchored else None, last=last)
-        return None, None, *gradients, *rest
+            streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
+        last = not below or ctx.level == 1
+        tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)
+        return None, None, None, *pending.streams, *rest
 
 
-def _evaluate(
+@dataclass
+class _Pending:
+    """The gradients of one node on their way down.
+
+    Attributes:
+        streams: of the two streams; replaced when the step is undone.
+        leaves: the tensors besides that get gradients.
+        rest: theirs, summed up so far.
+        further: those that came for the further outputs of a step's function.
+        below: whether the streams below the step want them.
+    """
+
+    streams: list[Tensor | None]
+    leaves: Sequence[Tensor]
+    rest: list[Tensor | None]
+    further: Sequence[Tensor | None]
+    below: bool
+
+
+def _take_step(
+    tape: Tape,
+    layer: Layer,
+    step: Step,
+    streams: Streams,
+    outside: Sequence[Tensor],
+    residues: list[Tensor],
+    further: list[Tensor],
+) -> tuple[Streams, Snapshot | None]:
+    """Runs a step's function as the backward pass will, and couples the streams with its value alone.
+
+    Adds to `residues` and `further` what the step leaves; returns the new streams and what a rerun must find.
+    """
+    snapshot = Snapshot.take(tape.device, layer.modules) if step.function in layer.functions else None
+    parts = layer.tiles(step, tape.shape)
+    pieces = []
+    for part in parts:
+        tile = (tile_of(streams[0], part), tile_of(streams[1], part))
+        value = None
+        if snapshot is not None:
+            with torch.enable_grad(), private_graph():
+                _, values = _run(tape, layer, step, tile, outside)
+            value, *rest = (value.detach() for value in values)
+            further += rest
+            del values
+        tile, coupled = step.forward(tape.arithmetic, tile, value)
+        pieces.append(tile[step.target])
+        residues += [] if coupled.residue is None else [coupled.residue]
+        if coupled.magnitude is not None:
+            tape.watch(coupled.magnitude)
+    target = pieces[0] if len(parts) == 1 else torch.cat([tokens(piece) for piece in pieces]).view(tape.shape)
+    streams = (target, streams[1]) if step.target == 0 else (streams[0], target)
+    return streams, None if snapshot is None else snapshot.settled()
+
+
+def _undo_step(
+    tape: Tape,
+    layer: Layer,
+    step: Step,
+    streams: Streams,
+    pending: _Pending,
+    outside: Sequence[Tensor],
+    snapshot: Snapshot | None,
+    residues: Sequence[Tensor],
+) -> Streams:
+    """Runs a step's function once more, subtracts its value to get the streams before, and differentiates the run."""
+    parts = layer.tiles(step, tape.shape)
+    gradients = _Tiled(step, pending, tape.shape, len(parts))
+    pieces: list[Tensor] = []
+    drawn: list[RngState] | None = [] if len(parts) > 1 else None
+    for index, part in enumerate(parts):
+        tile = (tile_of(streams[0], part), tile_of(streams[1], part))
+        source: Tensor | None = None
+        values: tuple[Tensor, ...] = ()
+        if snapshot is not None:
+            with torch.enable_grad(), private_graph(), snapshot.replayed(drawn):
+                source, values = _run(tape, layer, step, tile, outside)
+        # Edges of the graph instead of its outputs: what the function returned is not needed once it is subtracted.
+        edges = [(get_gradient_edge(value), value.dtype) for value in values if value.requires_grad]
+        value = values[0].detach() if values else None
+        del values
+        tile = step.inverse(tape.arithmetic, tile, value, residues[index] if residues else None, in_place=tape.in_place)
+        del value
+        if not tape.in_place:
+            pieces.append(tile[step.target])
+        gradients.add(part, source, edges)
+    gradients.finish()
+    if tape.in_place:
+        return streams
+    target = pieces[0] if len(parts) == 1 else torch.cat([tokens(piece) for piece in pieces]).view(tape.shape)
+    return (target, streams[1]) if step.target == 0 else (streams[0], target)
+
+
+def _run(
     tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor]
-) -> tuple[Tensor | None, tuple[Tensor, ...], Snapshot | None]:
-    """Runs a step's function as the backward pass will; returns its values alone and what the rerun must find."""
-    if step.function not in layer.functions:
-        return None, (), None
-    snapshot = Snapshot.take(tape.device, layer.modules)
-    with torch.enable_grad(), private_graph():
-        source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
-        values = _call(layer, step, source, outside)
-        if layer.vet:
-            _check_leaves(tape, values, (source, *outside, *layer.parameters))
-        value, *rest = (value.detach() for value in values)
-    return value, tuple(rest), snapshot.settled()
-
-
-def _reevaluate(
-    tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor], snapshot: Snapshot | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Runs a step's function again; returns the leaf it read and its values with a graph (none without a function)."""
-    source = tape.arithmetic.decode(streams[step.source], tape.dtype).detach().requires_grad_()
-    if snapshot is None:
-        return source, ()
-    with torch.enable_grad(), private_graph(), snapshot.replayed():
-        values = _call(layer, step, source, outside)
-        if layer.vet:
-            # Something that the first run left behind would give the right values, and gradients that go astray.
-            _check_leaves(tape, values, (source, *outside, *layer.parameters))
-        return source, values
+    """Runs a step's function; returns the leaf that stands for what it read, and its values with a graph."""
+    hidden = tape.arithmetic.decode(streams[step.source], tape.dtype).detach()
+    # The leaf holds no memory, so that the hidden state lives no longer than the function needs it.
+    leaf = _placeholder(hidden).requires_grad_()
+    source = _Attach.apply(hidden, leaf)
+    del hidden
+    values = _call(layer, step, source, outside)
+    if layer.vet:
+        # The second run as well: what the first left behind would give the right values, and gradients that go astray.
+        _check_leaves(tape, values, (leaf, *outside, *layer.parameters))
+    return leaf, values
 
 
 def _call(layer: Layer, step: Step, source: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Aliases: hooks that tools put on the arguments of modules do not work on leaves within `torch.autograd.grad`.
-    return _values(
-        layer.functions[step.function](source.view_as(source), [tensor.view_as(tensor) for tensor in outside])
-    )
+    return _values(layer.functions[step.function](source, [tensor.view_as(tensor) for tensor in outside]))
 
 
 def _values(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _differentiate(
-    step: Step,
-    source: Tensor | None,
-    values: tuple[Tensor, ...],
-    further: Sequence[Tensor | None],
-    gradients: list[Tensor | None],
-    leaves: Sequence[Tensor],
-    rest: list[Tensor | None],
-) -> None:
-    """Moves the gradients of the streams (`gradients`, in place) below a step and adds those of `leaves` to `rest`.
+class _Tiled:
+    """Moves the gradients of a node below its step: `add` for every tile, then `finish`.
 
-    `source` is the leaf that the step's function read, or None if nobody wants its gradient; `further` are the
-    gradients of the function's further outputs.
+    Sums are taken in the order in which ordinary autograd takes them, so that the bits agree as well, and only when the
+    activations are gone.
     """
-    above = gradients[step.target]
-    if above is not None:
-        scaled = above if step.factor == 1 else above * step.factor
-        gradients[step.target] = scaled
-        # In the order in which ordinary autograd sums them, so that the bits agree as well.
-        if step.difference:
-            gradients[step.source] = _added(gradients[step.source], -scaled)
-    known = [(value, above) for value, above in zip(values, (above, *further), strict=False) if above is not None]
-    wanted = leaves if source is None else (*leaves, source)
-    if not known or not wanted:
-        return
-    reached = [value for value, _ in known]
-    found = torch.autograd.grad(reached, wanted, [above.to(value.dtype) for value, above in known], allow_unused=True)
-    for index in range(len(leaves)):
-        rest[index] = _added(rest[index], found[index])
-    if source is not None:
-        gradients[step.source] = _added(gradients[step.source], found[-1])
+
+    def __init__(self, step: Step, pending: _Pending, shape: torch.Size, parts: int) -> None:
+        self.step, self.pending, self.shape, self.whole = step, pending, shape, parts == 1
+        self.found: list[Tensor] = []
+
+    def add(self, part: slice, source: Tensor | None, edges: Sequence[tuple[GradientEdge, torch.dtype]]) -> None:
+        """Differentiates one run: `source` is the leaf it read, or None if there was no function."""
+        pending = self.pending
+        above = pending.streams[self.step.target]
+        if above is not None and not self.whole:
+            above = tile_of(above, part)
+        known = [
+            (edge, g.to(dtype))
+            for (edge, dtype), g in zip(edges, (above, *pending.further), strict=False)
+            if g is not None
+        ]
+        wanted = (*pending.leaves, source) if pending.below and source is not None else tuple(pending.leaves)
+        if not known or not wanted:
+            return
+        found = torch.autograd.grad([edge for edge, _ in known], wanted, [g for _, g in known], allow_unused=True)
+        for index in range(len(pending.leaves)):
+            pending.rest[index] = _added(pending.rest[index], found[index])
+        if len(wanted) > len(pending.leaves) and found[-1] is not None:
+            self.found.append(found[-1])
+
+    def finish(self) -> None:
+        """Scales the gradient of the stream that was changed, and adds up that of the stream that was read."""
+        streams, step = self.pending.streams, self.step
+        above = streams[step.target]
+        if above is not None:
+            scaled = above if step.factor == 1 else above * step.factor
+            streams[step.target] = scaled
+            if step.difference:
+                streams[step.source] = _added(streams[step.source], -scaled)
+        if self.found:
+            gradient = self.found[0] if self.whole else torch.cat([tokens(piece) for piece in self.found])
+            streams[step.source] = _added(streams[step.source], gradient.view(self.shape))
 
 
 def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -281,8 +380,12 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
         value = None
         if function is not None:
             source = _Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
-            value, *rest = _values(function(source, layer.outside))
-            further += rest
+            parts = layer.tiles(step, tape.shape)
+            values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
+            further += [tensor for _, *rest in values for tensor in rest]
+            value = values[0][0]
+            if len(parts) > 1:
+                value = torch.cat([tokens(tile) for tile, *_ in values]).view(tape.shape)
         detached = None if value is None else value.detach()
         streams, coupled = step.forward(tape.arithmetic, streams, detached)
         if coupled.magnitude is not None:
@@ -295,16 +398,20 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
     return routes[0], routes[1], *further
 
 
-def _handles(tape: Tape) -> Handles:
+def _handles(tape: Tape, *, visible: bool) -> Handles:
+    """Fresh handles of the tape's streams; with `visible`, the newest stream's is its value."""
+    assert tape.streams is not None
     newest = tape.coupling.newest
     # A fresh alias: autograd marks a node's outputs, and the tape must not hold on to the graph.
-    visible = tape.hidden(newest).view(tape.shape)
-    placeholder = _placeholder(visible)
-    return (visible, placeholder) if newest == 0 else (placeholder, visible)
+    shown = tape.hidden(newest).view(tape.shape) if visible else tape.streams[0].new_empty((), dtype=tape.dtype)
+    first, second = (_placeholder(shown, tape.shape) for _ in range(2))
+    if not visible:
+        return first, second
+    return (shown, second) if newest == 0 else (first, shown)
 
 
-def _placeholder(like: Tensor) -> Tensor:
-    return like.new_zeros(()).expand(like.shape)
+def _placeholder(like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    return like.new_zeros(()).expand(like.shape if shape is None else shape)
 
 
 class _Attach(torch.autograd.Function):
@@ -339,16 +446,15 @@ class _Readout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, inner: bool, handle1: Tensor, handle2: Tensor) -> Tensor:
-        ctx.weights, ctx.tape, ctx.depth = tape.coupling.weights(), tape if inner else None, tape.forward_depth
+        ctx.weights, ctx.tape, ctx.level = tape.coupling.weights(), tape if inner else None, tape.level
         if inner:
-            assert tape.streams is not None
-            ctx.save_for_backward(*tape.streams)
+            ctx.save_for_backward(*tape.share())
         return tape.coupling.read(tape.hidden(0), tape.hidden(1))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         if ctx.tape is not None:
-            ctx.tape.descend(ctx.depth, ctx.saved_tensors)
+            ctx.tape.descend(ctx.level, ctx.saved_tensors)
         w1, w2 = ctx.weights
         return None, None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
 
@@ -376,16 +482,17 @@ def _check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, .
 
 
 def _check_backward(ctx: Any) -> None:
+    index = ctx.tape.layer_of(ctx.level)
     if torch.is_grad_enabled():
         raise DoubleBackwardError(
-            f"create_graph=True asks for gradients of gradients through layer {ctx.depth - 1} of {ctx.tape.name}, "
+            f"create_graph=True asks for gradients of gradients through layer {index} of {ctx.tape.name}, "
             "which a reversible layer does not keep the graph for. Call backward() without create_graph, or use "
             'backward="cached", which can be differentiated twice.'
         )
     present = {id(parameter) for module in ctx.layer.modules for parameter in module._parameters.values()}
     if present and any(id(parameter) not in present for parameter in ctx.layer.parameters):
         raise ModifiedTensorError(
-            f"The weights that layer {ctx.depth - 1} of {ctx.tape.name} had in the forward pass are no longer its own, "
+            f"The weights that layer {index} of {ctx.tape.name} had in the forward pass are no longer its own, "
             "so its activations cannot be rebuilt (torch.func.functional_call swaps weights for one call). Keep the "
             'weights in place until backward() is done, or use backward="cached".'
         )
@@ -393,7 +500,7 @@ def _check_backward(ctx: Any) -> None:
     changed = [tuple(t.shape) for t, v in zip(tensors, ctx.versions, strict=True) if version_of(t) != v]
     if changed:
         raise ModifiedTensorError(
-            f"{len(changed)} of the weights or inputs of layer {ctx.depth - 1} of {ctx.tape.name} were modified in "
+            f"{len(changed)} of the weights or inputs of layer {index} of {ctx.tape.name} were modified in "
             f"place between the forward and the backward pass (the first has shape {changed[0]}), so its activations "
             "cannot be rebuilt. Call backward() before optimizer.step(), load_state_dict() or other in-place changes."
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .adapters import behind, beside
+from .adapters import Bottleneck, behind, beside
 from .architectures import feed_forward_of, split_of
 from .calls import Block, Call, recording, split_hidden, split_output, without_cache
 from .engine import Layer, finish, readout, run_layer
@@ -100,7 +100,7 @@ class ReversibleLayer(nn.Module):
         reversible = self.training and segment.reversible(position)
         call = Call(args, kwargs, placement.name)
         vet = reversible and torch.is_grad_enabled() and segment.vet(placement.index)
-        layer = self._layer(placement, call, vet=vet)
+        layer = self._layer(placement, call, hidden, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
         last = position == segment.depth - 1
         if last:
@@ -130,15 +130,23 @@ class ReversibleLayer(nn.Module):
             return self._gradient_checkpointing_func(run, hidden)
         return run(hidden)
 
-    def _layer(self, placement: Placement, call: Call, *, vet: bool) -> Layer:
+    def _layer(self, placement: Placement, call: Call, hidden: Tensor, *, vet: bool) -> Layer:
         """Describes this call to the engine: the functions F and G of the coupling's table."""
         coupling = placement.segment.plan.coupling
         assert coupling is not None
-        if coupling.name == "meft3":
+        tiles: dict[str, int] = {}
+        if coupling.splits:
+            # meft3 has adapters in both blocks; momentum has one beside the feed-forward, wherever it is.
+            behind_attention, beside_feed_forward = (placement.f, placement.g)
+            if coupling.name == "momentum":
+                behind_attention, beside_feed_forward = None, placement.f
             functions = {
-                "F": call.function("F", self._attention(placement)),
-                "G": call.function("G", self._feed_forward(placement), main=False),
+                "F": call.function("F", self._attention(placement, behind_attention)),
+                "G": call.function("G", self._feed_forward(placement, beside_feed_forward), main=False),
             }
+            tile = placement.segment.plan.tile(hidden.shape[:-1].numel())
+            if tile is not None and not recording() and tokenwise(self.pretrained):
+                tiles["G"] = tile
         else:
             whole, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
             inside, alone = (placement.g, placement.f) if whole == "G" else (placement.f, placement.g)
@@ -146,9 +154,9 @@ class ReversibleLayer(nn.Module):
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
         parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)
-        return Layer(functions, parameters, call.outside, (self.pretrained, *self.modules()), vet)
+        return Layer(functions, parameters, call.outside, (self.pretrained, *self.modules()), tiles, vet)
 
-    def _whole(self, placement: Placement, adapter: Any) -> Block:
+    def _whole(self, placement: Placement, adapter: Bottleneck | None) -> Block:
         layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
         ends = None if adapter is None else feed_forward_of(layer, placement.name, chosen)
 
@@ -159,24 +167,24 @@ class ReversibleLayer(nn.Module):
 
         return block
 
-    def _attention(self, placement: Placement) -> Block:
+    def _attention(self, placement: Placement, adapter: Bottleneck | None) -> Block:
         layer = self.pretrained
         split = split_of(layer, placement.name)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-            with behind(layer.get_submodule(split.attention_exit), placement.f):
+            with behind(layer.get_submodule(split.attention_exit), adapter):
                 return split.attention_block(layer, hidden, *args, **kwargs)
 
         return block
 
-    def _feed_forward(self, placement: Placement) -> Block:
+    def _feed_forward(self, placement: Placement, adapter: Bottleneck | None) -> Block:
         layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
         split = split_of(layer, placement.name)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
             with ExitStack() as stack:
-                if placement.g is not None:
-                    stack.enter_context(beside(*feed_forward_of(layer, placement.name, chosen), placement.g))
+                if adapter is not None:
+                    stack.enter_context(beside(*feed_forward_of(layer, placement.name, chosen), adapter))
                 return split.feed_forward_block(layer, hidden)
 
         return block
@@ -223,6 +231,11 @@ class ReversibleLayer(nn.Module):
                 "give gradients to. Use one process a device (accelerate launch, torchrun), or show the process one "
                 "device (CUDA_VISIBLE_DEVICES)."
             )
+
+
+def tokenwise(layer: nn.Module) -> bool:
+    """Tells whether a layer's feed-forward block acts on each token alone; dropping whole samples does not."""
+    return not any("DropPath" in type(module).__name__ for module in layer.modules())
 
 
 def _with_state(output: Any, state: Tensor) -> Any:

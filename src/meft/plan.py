@@ -12,6 +12,9 @@ from .errors import ConfigError
 ARITHMETICS = ("exact", "float")
 BACKWARDS = ("reversible", "cached")
 
+# Below this many tokens a tile saves little and costs time; above, this many tokens to a tile (docs/memory.md).
+_TILED_FROM, _TILE = 1024, 256
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +28,7 @@ class Plan:
         cached_layers: highest layers that keep their activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: layers between streams that are kept, or None.
+        tile_size: tokens that a feed-forward block is given at once, "auto", or None for all of them.
         feedforward_module: the child of a layer beside which the parallel adapter stands; None for the known one.
     """
 
@@ -36,6 +40,7 @@ class Plan:
     drift_tolerance: float
     anchor_every: int | None = None
     feedforward_module: str | None = None
+    tile_size: int | str | None = "auto"
 
     @classmethod
     def make(
@@ -54,6 +59,8 @@ class Plan:
         drift_tolerance: float = 1e-2,
         anchor_every: int | None = None,
         feedforward_module: str | None = None,
+        granularity: str = "layer",
+        tile_size: int | str | None = "auto",
     ) -> Plan:
         """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
 
@@ -67,6 +74,8 @@ class Plan:
         check_integer("cached_layers", cached_layers, 0)
         if anchor_every is not None:
             check_integer("anchor_every", anchor_every, 1)
+        if tile_size is not None and tile_size != "auto":
+            check_integer("tile_size", tile_size, 1)
         if not isinstance(drift_tolerance, int | float) or not drift_tolerance >= 0:
             raise ConfigError(
                 f"drift_tolerance={drift_tolerance!r} is no relative error. Valid: a number from 0 up. Use 1e-2, say."
@@ -74,7 +83,7 @@ class Plan:
         numbers: Arithmetic = FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()
         steps = None
         if coupling is not None:
-            steps = make_coupling(coupling, lam=lam, beta=beta, gamma=gamma, output=output)
+            steps = make_coupling(coupling, lam=lam, beta=beta, gamma=gamma, output=output, granularity=granularity)
             steps.check(numbers)
         reversible = backward == "reversible"
         return cls(
@@ -86,7 +95,15 @@ class Plan:
             float(drift_tolerance),
             anchor_every,
             feedforward_module,
+            tile_size,
         )
+
+    def tile(self, tokens: int) -> int | None:
+        """How many of so many tokens to give a feed-forward block at once; None for all."""
+        if self.tile_size == "auto":
+            return _TILE if tokens >= _TILED_FROM else None
+        assert not isinstance(self.tile_size, str)
+        return self.tile_size
 
     def check_depth(self, name: str, depth: int) -> None:
         """Raises ConfigError if a stack of `depth` layers is too shallow for the frozen and cached layers."""

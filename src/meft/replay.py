@@ -24,6 +24,11 @@ _SDPA_FLAGS = (
 )
 
 
+def on_fake_tensors() -> bool:
+    """Whether tensors are without values at present (`FakeTensorMode`), so that none can be looked at."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 @dataclass(frozen=True)
 class RngState:
     """States of the CPU generator and of one accelerator's generator (None on a CPU-only call)."""
@@ -44,6 +49,8 @@ class RngState:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
     def same_as(self, other: RngState) -> bool:
+        if on_fake_tensors():
+            return True
         if not torch.equal(self.cpu, other.cpu):
             return False
         if self.accelerator is None or other.accelerator is None:
@@ -120,8 +127,13 @@ class Snapshot:
         return replace(self, rng=rng, buffers=tuple(entry for entry in self.buffers if _updated(*entry)))
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Puts the recorded state in place and, on leaving, the surrounding state back."""
+    def replayed(self, drawn: list[RngState] | None = None) -> Iterator[None]:
+        """Puts the recorded state in place and, on leaving, the surrounding state back.
+
+        Args:
+            drawn: an empty list, the same for all parts of a call that is made again piece by piece: random numbers
+                then go on where the part before left off.
+        """
         with ExitStack() as stack:
             for autocast in self.autocast:
                 stack.enter_context(autocast.context())
@@ -130,8 +142,10 @@ class Snapshot:
             stack.enter_context(_spared(self.buffers))
             if self.rng is not None:
                 stack.callback(RngState.take(self.rng.device).put)
-                self.rng.put()
+                (drawn[-1] if drawn else self.rng).put()
             yield
+            if self.rng is not None and drawn is not None:
+                drawn[:] = [RngState.take(self.rng.device)]
 
 
 @contextmanager

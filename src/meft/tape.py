@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import Tensor
 from .arithmetic import Arithmetic
 from .couplings import Coupling, Streams
 from .errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError
+from .replay import on_fake_tensors
 
 Handles = tuple[Tensor, Tensor]
 """What autograd sees in place of the two streams (`engine`, rule 6)."""
@@ -43,11 +44,31 @@ def observed_by(observer: Observer) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
+_RESIDUES: ContextVar[Callable[[Sequence[Tensor]], None] | None] = ContextVar("meft_residues", default=None)
+
+
+@contextmanager
+def residues_told_to(listener: Callable[[Sequence[Tensor]], None]) -> Iterator[None]:
+    """Lets a listener see the residues that every step saves within; for the attribution of memory."""
+    token = _RESIDUES.set(listener)
+    try:
+        yield
+    finally:
+        _RESIDUES.reset(token)
+
+
+def tell_residues(residues: Sequence[Tensor]) -> None:
+    """Tells the listener, if there is one, which residues a step has saved."""
+    listener = _RESIDUES.get()
+    if listener is not None:
+        listener(residues)
+
+
 class Tape:
     """The streams of one forward pass through one stack of layers.
 
     The forward pass moves `streams` and `handles` along. Backward starts from `kept`, the streams that the last
-    reversible node left, and moves them back; `depth` counts the layers they lie above.
+    reversible node left, and moves them back; `level` counts the coupling steps they lie above.
 
     Args:
         coupling: how streams pass through a layer.
@@ -77,12 +98,13 @@ class Tape:
         self.streams: Streams | None = (stream, stream)
         self.handles: Handles | None = (hidden, hidden)
         self.kept: Streams | None = None
-        self.forward_depth = self.depth = 0
+        self.forward_depth = self.level = 0
         self.magnitudes: list[tuple[int, Tensor]] = []
         if arithmetic.limit < float("inf") and hidden.numel():
             self.watch(hidden.detach().abs().amax())
         self.visible: Tensor | None = None
         self.show(hidden)
+        self._shared = self.observer is not None or anchor_every is not None
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +155,8 @@ class Tape:
         Raises:
             StreamOverflowError: one of them is too large or not finite.
         """
+        if on_fake_tensors():
+            self.magnitudes.clear()
         if not self.magnitudes:
             return
         values = torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes]).tolist()
@@ -152,36 +176,60 @@ class Tape:
 
     # -- backward --------------------------------------------------------------------------------------------------
 
-    def take_outputs(self, depth: int) -> Streams:
-        """Hands out the streams above `depth` layers, to be rebuilt downwards.
+    def level_of(self, layer: int, step: int) -> int:
+        """The number of coupling steps below a step of a layer."""
+        return layer * len(self.coupling.steps) + step
+
+    def layer_of(self, level: int) -> int:
+        """The layer that the step below a level belongs to."""
+        return (level - 1) // len(self.coupling.steps)
+
+    def take_outputs(self, level: int) -> Streams:
+        """Hands out the streams above `level` steps, to be rebuilt downwards; the tape keeps nothing.
 
         Raises:
             ConsumedTapeError: other streams are on the tape, or none.
         """
-        if self.kept is None or self.depth != depth:
-            where = "are gone" if self.kept is None else f"now lie above layer {self.depth - 1}"
+        if self.kept is None or self.level != level:
+            where = "are gone" if self.kept is None else f"now lie above layer {self.layer_of(self.level)}"
             raise ConsumedTapeError(
-                f"The backward pass of layer {depth - 1} of {self.name} needs the streams above it, but they {where}: "
-                "a reversible forward pass can be differentiated once, from its output down. Two calls of backward() "
-                "on one forward pass do not fit that. Add the losses up and call backward() once, run the forward pass "
-                'again, or use backward="cached".'
+                f"The backward pass of layer {self.layer_of(level)} of {self.name} needs the streams above it, but "
+                f"they {where}: a reversible forward pass can be differentiated once, from its output down. Two calls "
+                "of backward() on one forward pass do not fit that. Add the losses up and call backward() once, run "
+                'the forward pass again, or use backward="cached".'
             )
-        return self.kept
+        kept, self.kept = self.kept, None
+        return kept
 
-    def descend(self, depth: int, streams: Streams) -> None:
-        """Lets the backward pass begin above `depth` layers, if no gradient came from further up."""
-        if self.kept is not None and self.depth > depth:
-            self.kept, self.depth = streams, depth
+    @property
+    def in_place(self) -> bool:
+        """Whether the streams that `take_outputs` hands out are nobody else's and may be overwritten.
 
-    def anchored(self, depth: int) -> bool:
-        """Tells whether the streams below layer `depth` are kept."""
-        return self.anchor_every is not None and depth > 0 and depth % self.anchor_every == 0
+        Exact streams are; float ones may be the very hidden states that the model was handed.
+        """
+        return self.arithmetic.exact and not self._shared
 
-    def leave_inputs(self, depth: int, streams: Streams, anchor: Streams | None, *, last: bool) -> None:
-        """Takes back the streams below layer `depth` that its node rebuilt.
+    def share(self) -> Streams:
+        """Hands out the present streams to somebody who keeps them."""
+        assert self.streams is not None
+        self._shared = True
+        return self.streams
+
+    def descend(self, level: int, streams: Streams) -> None:
+        """Lets the backward pass begin above `level` steps, if no gradient came from further up."""
+        if self.kept is not None and self.level > level:
+            self.kept, self.level = (streams[0], streams[1]), level
+
+    def anchored(self, level: int) -> bool:
+        """Tells whether the streams above `level` steps, the inputs of a layer, are kept."""
+        layer, step = divmod(level, len(self.coupling.steps))
+        return self.anchor_every is not None and step == 0 and layer > 0 and layer % self.anchor_every == 0
+
+    def leave_inputs(self, level: int, streams: Streams, anchor: Streams | None, *, last: bool) -> None:
+        """Takes back the streams above `level` steps that a node rebuilt.
 
         Args:
-            depth: the layer.
+            level: the number of steps below the node.
             streams: what the node rebuilt.
             anchor: what was kept of them, to go on from instead; or None.
             last: no node lies below.
@@ -189,11 +237,12 @@ class Tape:
         Raises:
             ReconstructionError: below layer 0 the two streams, in exact arithmetic, are not equal.
         """
-        if self.observer is not None:
-            self.observer.rebuilt(self, depth, streams)
-        self.depth = depth
+        layer, step = divmod(level, len(self.coupling.steps))
+        if self.observer is not None and step == 0:
+            self.observer.rebuilt(self, layer, streams)
+        self.level = level
         self.kept = None if last else anchor or streams
-        if depth == 0:
+        if level == 0 and not on_fake_tensors():
             self._check_meeting(*streams)
 
     def _check_meeting(self, x1: Tensor, x2: Tensor) -> None:

@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from .adapters import Bottleneck, new_projections
 from .architectures import feed_forward_of
-from .config import MeftConfig
+from .config import ADAPTER_ONLY, MeftConfig
 from .convert import Stack, find_stacks, prepare_stack, pretrained_of, undo
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .head import attach, detach
 from .layers import ReversibleLayer
 from .peft_type import MEFT
 from .segment import Placement, Segment
@@ -170,6 +171,8 @@ class MeftModel(BaseTuner):
         # Which layers are taken follows from the model, not from the names in a state dict.
         kwargs.pop("state_dict", None)
         super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
+        if config.fused_loss and config.coupling != ADAPTER_ONLY:
+            attach(model)
 
     def _check_target_module_exists(self, peft_config: MeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._places
@@ -213,6 +216,12 @@ class MeftModel(BaseTuner):
                 "streams follow one coupling. Run the model once for each adapter, after model.set_adapter(...)."
             )
         yield
+
+    def unload(self) -> nn.Module:
+        """Takes the adapters out of the model, and what was done to its loss head."""
+        model = super().unload()
+        detach(model)
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise _cannot_merge()

@@ -119,8 +119,13 @@ def feed_forward_of(layer: nn.Module, name: str, chosen: str | None = None) -> t
     )
 
 
-def split_of(layer: nn.Module, name: str) -> Architecture:
+def split_of(layer: nn.Module, name: str, asked: str = 'coupling="meft3"') -> Architecture:
     """Returns how a layer splits into an attention block and a feed-forward block.
+
+    Args:
+        layer: the pretrained layer.
+        name: what messages call it.
+        asked: the option that needs the blocks, for messages.
 
     Raises:
         UnsupportedModelError: the layer has no row in the table, is laid out so that it does not split, or has a child
@@ -128,7 +133,7 @@ def split_of(layer: nn.Module, name: str) -> Architecture:
     """
     owner, kind = _owner_of_forward(layer), type(layer).__name__
     known = architecture_of(layer)
-    refused = f'coupling="meft3" cannot split {name}, a {kind}, into an attention and a feed-forward block'
+    refused = f"{asked} cannot split {name}, a {kind}, into an attention and a feed-forward block"
     reason = parallel.always(layer, owner) if known is None else known.refuses(layer)
     if reason is not None:
         raise UnsupportedModelError(f"{refused}: {reason}. {_INSTEAD}")
