@@ -48,7 +48,7 @@ def test_json_file_and_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([REQUIRED, "--taks", "rte"], r"^Unknown argument '--taks'. Did you mean --task\?$"),
+        ([REQUIRED, "--taks", "rte"], r"^Unknown argument '--taks'. Did you mean --stacks or --task\?$"),
         ([REQUIRED, "--zzz=1"], r"^Unknown argument '--zzz=1'. --help lists the arguments.$"),
         ([REQUIRED, "stray"], "^Unknown argument 'stray'. --help lists the arguments.$"),
         ([REQUIRED, "--max_steps", "x"], "^Argument --max_steps: invalid int value: 'x'. See meft train --help.$"),

@@ -89,7 +89,8 @@ def test_hooks_that_move_tensors_between_devices_go_on_working(method: str) -> N
     dispatched = dispatch_model(llama(), device_map={"": "cpu"}, force_hooks=True)
     assert hasattr(dispatched.model.layers[0], "_hf_hook")
     found = gradients(METHODS[method](dispatched, "reversible"))
-    assert_equal(found, gradients(METHODS[method](llama(), "reversible")))
+    # The loss of a model whose head has such a hook is not taken in tiles, which changes the order of sums.
+    assert_close(found, gradients(METHODS[method](llama(), "reversible")), relative=1e-5)
 
 
 def compile_layer(model: Any) -> None:

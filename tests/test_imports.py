@@ -20,19 +20,35 @@ ORDER = [
     {"arithmetic"},
     {"couplings"},
     {"plan", "replay", "tape"},
+    {"checks", "routes"},
     {"engine", "adapters", "architectures"},
     {"segment", "calls", "head"},
     {"layers"},
-    {"convert", "peft_type"},
+    {"discovery", "peft_type"},
+    {"convert"},
     {"config"},
     {"tuner"},
-    {"memory", "storage", "verify"},
+    {"storage", "verify"},
     {"methods", "tasks", "results", "families"},
+    {"memory"},
     {"training"},
     {"demo", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-BARE = ("errors", "residues", "tiles", "arithmetic", "couplings", "plan", "replay", "tape", "engine", "adapters")
+BARE = (
+    "errors",
+    "residues",
+    "tiles",
+    "arithmetic",
+    "couplings",
+    "plan",
+    "replay",
+    "tape",
+    "checks",
+    "routes",
+    "engine",
+    "adapters",
+)
 
 
 def imported(path: Path) -> set[str]:

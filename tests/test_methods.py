@@ -71,6 +71,10 @@ def test_options_reach_the_configuration() -> None:
     assert isinstance(config, meft.MeftConfig)
     assert (config.coupling, config.bottleneck_dim, config.beta) == ("meft2", 5, 0.25)
     assert (config.output, config.backward, config.arithmetic) == (("sum", 0.1), "cached", "exact")
+    options = {"granularity": "block", "tile_size": 7, "stacks": ("bert",), "feedforward_module": "intermediate"}
+    config = apply_method(small(), "momentum", task_type="SEQ_CLS", **options).peft_config["default"]
+    assert (config.granularity, config.tile_size, config.stacks) == ("block", 7, ["bert"])
+    assert config.feedforward_module == "intermediate"
     lora = apply_method(small(), "lora", task_type="SEQ_CLS", lora_rank=3, lora_alpha=7, lora_dropout=0.5)
     assert isinstance(lora.peft_config["default"], peft.LoraConfig)
     config = lora.peft_config["default"]

@@ -56,7 +56,7 @@ def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, n
 
 
 @contextmanager
-def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
+def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name: str = "a layer") -> Iterator[None]:
     """For the duration of a call, adds adapter(input of `entry`) to the output of `exit_`.
 
     The hooks live only as long as the call, and heed no call of another thread, so nothing stays on the pretrained
@@ -82,14 +82,14 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
             return output
         if not received:
             raise UnsupportedModelError(
-                f"A {type(exit_).__name__} was left before a {type(entry).__name__} was entered, so these two are no "
-                "feed-forward. Name the module that is with feedforward_module."
+                f"In {name}, {type(exit_).__name__} was left before {type(entry).__name__} was entered, so these two "
+                "are no feed-forward. Name the module that is with feedforward_module."
             )
         given, first, added = received.pop(), _first(output), True
         if given.shape[-1] != adapter.down.in_features or first.numel() != given.numel():
             raise UnsupportedModelError(
-                f"What was taken for a feed-forward, {type(entry).__name__} to {type(exit_).__name__}, makes "
-                f"{tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "
+                f"What was taken for the feed-forward of {name}, {type(entry).__name__} to {type(exit_).__name__}, "
+                f"makes {tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "
                 f"{adapter.down.in_features}. Name the module that reads and returns it with feedforward_module."
             )
         # Some mixtures of experts return the tokens of all sequences in one matrix.
@@ -103,7 +103,7 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None) -> It
             handle.remove()
     if not added:
         raise UnsupportedModelError(
-            f"A layer did not call the {type(exit_).__name__} that was taken for its feed-forward, so the adapter "
+            f"The {type(exit_).__name__} that was taken for the feed-forward of {name} was not called, so the adapter "
             "beside it has no effect. Name the module that is called with feedforward_module."
         )
 

@@ -43,9 +43,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .checks import check_backward, check_leaves
 from .couplings import Step, Streams
-from .errors import DoubleBackwardError, ModifiedTensorError, UnsupportedModelError
 from .replay import RngState, Snapshot, private_graph, requiring_grad
+from .routes import Attach, Readout, Route, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
 from .tiles import tile_of, tiles, tokens
 
@@ -129,7 +130,7 @@ def readout(tape: Tape, *, inner: bool = False) -> Tensor:
     )
     if tape.coupling.output == (0, 1) and not inner:
         return handles[tape.coupling.newest]
-    return _Readout.apply(tape, inner, *handles)
+    return Readout.apply(tape, inner, *handles)
 
 
 def finish(tape: Tape) -> Tensor:
@@ -184,7 +185,7 @@ class _ReversibleStep(torch.autograd.Function):
     def backward(
         ctx: Any, gradient1: Tensor | None, gradient2: Tensor | None, *further: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _check_backward(ctx)
+        check_backward(ctx)
         tape, layer = ctx.tape, ctx.layer
         anchored = tape.anchored(ctx.level - 1)
         anchor, residues = ctx.saved_tensors[: 2 * anchored], ctx.saved_tensors[2 * anchored :]
@@ -300,13 +301,13 @@ def _run(
     """Runs a step's function; returns the leaf that stands for what it read, and its values with a graph."""
     hidden = tape.arithmetic.decode(streams[step.source], tape.dtype).detach()
     # The leaf holds no memory, so that the hidden state lives no longer than the function needs it.
-    leaf = _placeholder(hidden).requires_grad_()
-    source = _Attach.apply(hidden, leaf)
+    leaf = placeholder(hidden).requires_grad_()
+    source = Attach.apply(hidden, leaf)
     del hidden
     values = _call(layer, step, source, outside)
     if layer.vet:
         # The second run as well: what the first left behind would give the right values, and gradients that go astray.
-        _check_leaves(tape, values, (leaf, *outside, *layer.parameters))
+        check_leaves(tape, values, (leaf, *outside, *layer.parameters))
     return leaf, values
 
 
@@ -379,7 +380,7 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
         function = layer.functions.get(step.function)
         value = None
         if function is not None:
-            source = _Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
+            source = Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
             parts = layer.tiles(step, tape.shape)
             values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
             further += [tensor for _, *rest in values for tensor in rest]
@@ -390,11 +391,11 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
         streams, coupled = step.forward(tape.arithmetic, streams, detached)
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
-        routes[step.target] = _Route.apply(step, routes[step.target], routes[step.source], value)
+        routes[step.target] = Route.apply(step, routes[step.target], routes[step.source], value)
     tape.streams = tape.coupling.switched(streams)
     routes = list(tape.coupling.switched(tuple(routes)))
     newest = tape.coupling.newest
-    routes[newest] = _Attach.apply(tape.hidden(newest), routes[newest])
+    routes[newest] = Attach.apply(tape.hidden(newest), routes[newest])
     return routes[0], routes[1], *further
 
 
@@ -404,103 +405,7 @@ def _handles(tape: Tape, *, visible: bool) -> Handles:
     newest = tape.coupling.newest
     # A fresh alias: autograd marks a node's outputs, and the tape must not hold on to the graph.
     shown = tape.hidden(newest).view(tape.shape) if visible else tape.streams[0].new_empty((), dtype=tape.dtype)
-    first, second = (_placeholder(shown, tape.shape) for _ in range(2))
+    first, second = (placeholder(shown, tape.shape) for _ in range(2))
     if not visible:
         return first, second
     return (shown, second) if newest == 0 else (first, shown)
-
-
-def _placeholder(like: Tensor, shape: torch.Size | None = None) -> Tensor:
-    return like.new_zeros(()).expand(like.shape if shape is None else shape)
-
-
-class _Attach(torch.autograd.Function):
-    """Gives a stream's value the gradient route of its handle."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, handle: Tensor) -> Tensor:
-        return value.view(value.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
-
-
-class _Route(torch.autograd.Function):
-    """The gradient of one coupling step, straight through its rounding."""
-
-    @staticmethod
-    def forward(ctx: Any, step: Step, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
-        ctx.step, ctx.value_dtype = step, None if value is None else value.dtype
-        return _placeholder(target)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
-        scaled = gradient if ctx.step.factor == 1 else gradient * ctx.step.factor
-        to_source = -scaled if ctx.step.difference else None
-        return None, scaled, to_source, None if ctx.value_dtype is None else gradient.to(ctx.value_dtype)
-
-
-class _Readout(torch.autograd.Function):
-    """The output rule: a weighted sum of the two streams."""
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tape, inner: bool, handle1: Tensor, handle2: Tensor) -> Tensor:
-        ctx.weights, ctx.tape, ctx.level = tape.coupling.weights(), tape if inner else None, tape.level
-        if inner:
-            ctx.save_for_backward(*tape.share())
-        return tape.coupling.read(tape.hidden(0), tape.hidden(1))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
-        if ctx.tape is not None:
-            ctx.tape.descend(ctx.level, ctx.saved_tensors)
-        w1, w2 = ctx.weights
-        return None, None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
-
-
-def _check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> None:
-    """Looks for tensors in a function's graph that require gradients and would get none."""
-    names = {id(tensor) for tensor in known}
-    pending = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in names:
-            raise UnsupportedModelError(
-                f"A layer of {tape.name} uses a tensor of shape {tuple(variable.shape)} that requires "
-                "gradients but is neither one of its parameters nor among its arguments (another module's weight, or "
-                "something that an earlier layer or run left behind), so a reversible layer could not pass its "
-                "gradient on. Freeze that tensor (requires_grad_(False)), leave this stack out with stacks=[...], or "
-                'use backward="cached".'
-            )
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                pending.append(child)
-
-
-def _check_backward(ctx: Any) -> None:
-    index = ctx.tape.layer_of(ctx.level)
-    if torch.is_grad_enabled():
-        raise DoubleBackwardError(
-            f"create_graph=True asks for gradients of gradients through layer {index} of {ctx.tape.name}, "
-            "which a reversible layer does not keep the graph for. Call backward() without create_graph, or use "
-            'backward="cached", which can be differentiated twice.'
-        )
-    present = {id(parameter) for module in ctx.layer.modules for parameter in module._parameters.values()}
-    if present and any(id(parameter) not in present for parameter in ctx.layer.parameters):
-        raise ModifiedTensorError(
-            f"The weights that layer {index} of {ctx.tape.name} had in the forward pass are no longer its own, "
-            "so its activations cannot be rebuilt (torch.func.functional_call swaps weights for one call). Keep the "
-            'weights in place until backward() is done, or use backward="cached".'
-        )
-    tensors = (*ctx.layer.outside, *ctx.layer.parameters)
-    changed = [tuple(t.shape) for t, v in zip(tensors, ctx.versions, strict=True) if version_of(t) != v]
-    if changed:
-        raise ModifiedTensorError(
-            f"{len(changed)} of the weights or inputs of layer {index} of {ctx.tape.name} were modified in "
-            f"place between the forward and the backward pass (the first has shape {changed[0]}), so its activations "
-            "cannot be rebuilt. Call backward() before optimizer.step(), load_state_dict() or other in-place changes."
-        )

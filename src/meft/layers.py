@@ -162,7 +162,7 @@ class ReversibleLayer(nn.Module):
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             # `forward`, not the call: the layer's hooks see the streams' readout instead, once.
-            with nullcontext() if ends is None else beside(*ends, adapter):
+            with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
                 return layer.forward(hidden, *args, **kwargs)
 
         return block
@@ -184,7 +184,8 @@ class ReversibleLayer(nn.Module):
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
             with ExitStack() as stack:
                 if adapter is not None:
-                    stack.enter_context(beside(*feed_forward_of(layer, placement.name, chosen), adapter))
+                    ends = feed_forward_of(layer, placement.name, chosen)
+                    stack.enter_context(beside(*ends, adapter, placement.name))
                 return split.feed_forward_block(layer, hidden)
 
         return block

@@ -31,7 +31,11 @@ _APPLIES_TO: dict[str, tuple[str, ...]] = {
     "lam": ("meft1", "meft2", "meft3"),
     "beta": ("meft1", "meft2", "meft3"),
     "gamma": ("momentum",),
+    "granularity": ("momentum",),
+    "tile_size": ("meft3", "momentum"),
     "frozen_layers": ("adapter", *COUPLED_METHODS),
+    "stacks": ("adapter", *COUPLED_METHODS),
+    "feedforward_module": ("adapter", *COUPLED_METHODS),
 }
 
 
@@ -48,7 +52,7 @@ class MethodOptions:
         lora_alpha: LoRA scales its update by `lora_alpha / lora_rank`.
         lora_dropout: Dropout probability on the input of the LoRA updates.
         lam, beta, gamma, output, arithmetic, backward, fraction_bits, frozen_layers, cached_layers,
-            drift_tolerance, anchor_every: As in `MeftConfig`.
+            drift_tolerance, anchor_every, granularity, tile_size, stacks, feedforward_module: As in `MeftConfig`.
         modules_to_save: Names of modules trained in full and saved beside the adapter. `None`: the task head.
     """
 
@@ -67,6 +71,10 @@ class MethodOptions:
     cached_layers: int = 0
     drift_tolerance: float | None = None
     anchor_every: int | None = None
+    granularity: Literal["layer", "block"] | None = None
+    tile_size: int | None = None
+    stacks: tuple[str, ...] | None = None
+    feedforward_module: str | None = None
     modules_to_save: tuple[str, ...] | None = None
 
 
@@ -144,6 +152,8 @@ def _meft_config(method: str, task_type: str, options: MethodOptions) -> MeftCon
         "bottleneck_dim": options.bottleneck_dim,
     }
     values |= {name: value for name in _APPLIES_TO if (value := getattr(options, name)) is not None}
+    if options.stacks is not None:
+        values["stacks"] = list(options.stacks)
     return MeftConfig(modules_to_save=_as_list(options.modules_to_save), **values)
 
 

@@ -132,6 +132,16 @@ class MeftArguments:
     cached_layers: int = _option("This many of the last layers keep their activations.", 0)
     drift_tolerance: float | None = _option("Float arithmetic warns past this relative error of a rebuilt input.")
     anchor_every: int | None = _option("Keep the streams every so many layers, for kernels that do not repeat.")
+    granularity: Literal["layer", "block"] | None = _option(
+        "block couples attention and feed-forward in turn (momentum)."
+    )
+    tile_size: int | None = _option(
+        "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
+    )
+    stacks: list[str] | None = field(
+        default=None, metadata={"help": "Layer stacks to take, or modules they lie in: vision_tower. Left out: all."}
+    )
+    feedforward_module: str | None = _option("A layer's feed-forward, where it is not known: mlp, say.")
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter and the task head."}
     )
@@ -140,7 +150,8 @@ class MeftArguments:
         """The same as `meft.methods` takes them."""
         values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
         values["output"] = _parse_output(self.output)
-        values["modules_to_save"] = tuple(self.modules_to_save) if self.modules_to_save else None
+        for name in ("modules_to_save", "stacks"):
+            values[name] = tuple(values[name]) if values[name] else None
         return MethodOptions(**values)
 
 
@@ -285,8 +296,8 @@ def _as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> 
 
 def _suggestion(name: str, types: Sequence[type]) -> str:
     known = [entry.name for kind in types for entry in fields(kind) if entry.init]
-    close = get_close_matches(name.split("=")[0].replace("-", "_"), known, n=1)
-    return f" Did you mean --{close[0]}?" if close else " --help lists the arguments."
+    close = get_close_matches(name.split("=")[0].replace("-", "_"), known, n=2)
+    return f" Did you mean {' or '.join(f'--{word}' for word in close)}?" if close else " --help lists the arguments."
 
 
 def _parse_output(value: str | None) -> str | tuple[str, float] | None:

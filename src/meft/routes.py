@@ -1,0 +1,61 @@
+"""Autograd functions that give the values of streams the gradients of their handles (`engine`, rule 6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .couplings import Step
+from .tape import Tape
+
+
+def placeholder(like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A tensor of one element, expanded: it has a shape and a gradient, and takes no memory."""
+    return like.new_zeros(()).expand(like.shape if shape is None else shape)
+
+
+class Attach(torch.autograd.Function):
+    """Gives a stream's value the gradient route of its handle."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, handle: Tensor) -> Tensor:
+        return value.view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+class Route(torch.autograd.Function):
+    """The gradient of one coupling step, straight through its rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
+        ctx.step, ctx.value_dtype = step, None if value is None else value.dtype
+        return placeholder(target)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
+        scaled = gradient if ctx.step.factor == 1 else gradient * ctx.step.factor
+        to_source = -scaled if ctx.step.difference else None
+        return None, scaled, to_source, None if ctx.value_dtype is None else gradient.to(ctx.value_dtype)
+
+
+class Readout(torch.autograd.Function):
+    """The output rule: a weighted sum of the two streams."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, inner: bool, handle1: Tensor, handle2: Tensor) -> Tensor:
+        ctx.weights, ctx.tape, ctx.level = tape.coupling.weights(), tape if inner else None, tape.level
+        if inner:
+            ctx.save_for_backward(*tape.share())
+        return tape.coupling.read(tape.hidden(0), tape.hidden(1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        if ctx.tape is not None:
+            ctx.tape.descend(ctx.level, ctx.saved_tensors)
+        w1, w2 = ctx.weights
+        return None, None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
