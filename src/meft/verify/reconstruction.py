@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..convert import Stack
 from ..couplings import Streams
-from ..segment import Segment
 from ..replay import Autocast
+from ..segment import Segment
 from ..tape import Tape
 from .report import LayerError
 

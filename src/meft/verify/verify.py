@@ -22,9 +22,9 @@ from ..convert import find_stacks
 from ..engine import observed_by
 from ..errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
 from ..layers import ReversibleLayer
-from ..segment import Segment
 from ..plan import Plan
 from ..replay import RngState
+from ..segment import Segment
 from .gradients import Gradient, gradients_of, loss_of, relative_differences
 from .preserve import preserved
 from .reconstruction import CoupledStack, Recorder, relative_difference
