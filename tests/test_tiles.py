@@ -16,6 +16,7 @@ from meft.arithmetic import FixedPoint, FloatArithmetic
 from meft.couplings import make_coupling
 from meft.engine import Layer, Tape, finish, run_layer
 from meft.errors import ConfigError, UnsupportedModelError
+from meft.layers import tokenwise
 from meft.tiles import packed_slab, slabs, tile_of, tiles
 from peft_helpers import assert_close, assert_equal, gradients, llama, neox
 
@@ -239,6 +240,29 @@ def test_whole_samples_are_dropped_only_whole() -> None:
     expected = gradients(whole, images)
     meft.restore(model)
     assert_equal(gradients(meft.make_reversible(model, granularity="block", tile_size=3), images), expected)
+
+
+class Limited(nn.Linear):
+    expert_capacity = 4
+
+
+class Chunked(nn.Linear):
+    chunk_size_feed_forward = 2
+
+
+@pytest.mark.parametrize(
+    "module, alone",
+    [
+        (nn.Linear(4, 4), True),
+        (nn.Conv1d(4, 4, 1), True),
+        (nn.Conv1d(4, 4, 3), False),
+        (nn.BatchNorm1d(4), False),
+        (Limited(4, 4), False),
+    ],
+)
+def test_feed_forwards_that_mix_tokens_are_not_cut(module: nn.Module, alone: bool) -> None:
+    assert tokenwise(nn.Sequential(nn.Linear(4, 4), module)) == alone
+    assert not tokenwise(Chunked(4, 4))
 
 
 def test_recorded_routers_are_not_cut_into_tiles() -> None:

@@ -12,7 +12,7 @@ from . import errors
 from .config import MeftConfig
 from .convert import make_reversible, restore
 from .errors import MeftError
-from .memory import MemoryReport, measure
+from .memory import MemoryEstimate, MemoryReport, estimate, measure
 from .tuner import MeftLayer, MeftModel, register
 from .verify import VerifyReport, verify
 from .version import __version__
@@ -24,10 +24,12 @@ __all__ = [
     "MeftError",
     "MeftLayer",
     "MeftModel",
+    "MemoryEstimate",
     "MemoryReport",
     "VerifyReport",
     "__version__",
     "errors",
+    "estimate",
     "make_reversible",
     "measure",
     "restore",

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
 from .adapters import Bottleneck, behind, beside
@@ -235,8 +237,19 @@ class ReversibleLayer(nn.Module):
 
 
 def tokenwise(layer: nn.Module) -> bool:
-    """Tells whether a layer's feed-forward block acts on each token alone; dropping whole samples does not."""
-    return not any("DropPath" in type(module).__name__ for module in layer.modules())
+    """Tells whether a layer's feed-forward block surely acts on each token alone.
+
+    Batch norms and convolutions mix tokens, dropped paths are drawn for whole samples, experts of limited capacity turn
+    tokens away, and feed-forwards in chunks of their own want to divide the sequence.
+    """
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        return False
+    for module in layer.modules():
+        if isinstance(module, _NormBase) or (isinstance(module, _ConvNd) and max(module.kernel_size) > 1):
+            return False
+        if "DropPath" in type(module).__name__ or hasattr(module, "expert_capacity"):
+            return False
+    return True
 
 
 def _with_state(output: Any, state: Tensor) -> Any:

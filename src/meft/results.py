@@ -81,11 +81,22 @@ def _rows(results: Mapping[str, Any], costs: Mapping[str, Any]) -> list[tuple[st
     if costs:
         ours, theirs = costs["peak_activation_bytes"], costs["reference_peak_activation_bytes"]
         rows.append(("peak activation memory", format_bytes(ours), format_bytes(theirs)))
+        rows += _cause_rows(costs.get("peak_activation_causes"), costs.get("reference_peak_activation_causes"))
         seconds, their_seconds = costs["step_seconds"], costs["reference_step_seconds"]
         ratio = results["step_time_ratio"]
         rows.append(("time of a step", _seconds(seconds), _seconds(their_seconds)))
         if ratio is not None:
             rows.append(("  as a ratio", f"{ratio:.2f}", "1"))
+    return rows
+
+
+def _cause_rows(ours: Mapping[str, int] | None, theirs: Mapping[str, int] | None) -> list[tuple[str, str, str]]:
+    """What the memory is for, under its sum."""
+    rows = []
+    for cause, size in (ours or {}).items():
+        other = (theirs or {}).get(cause, 0)
+        if size or other:
+            rows.append((f"  {cause}", format_bytes(size or None), format_bytes(other or None)))
     return rows
 
 

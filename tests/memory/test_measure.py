@@ -205,7 +205,9 @@ def test_the_profiler_writes_nothing():
 
     run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
 
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    # bitsandbytes, which PEFT imports where it is installed, says which of its kernels it lacks.
+    said = [line for line in run.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit")]
+    assert (run.returncode, run.stdout, said) == (0, "", [])
 
 
 def test_the_report_prints_without_the_result():
@@ -299,4 +301,5 @@ def test_cuda_figures_are_above_what_was_live_before(monkeypatch):
     assert (report.peak_bytes, report.activation_peak_bytes, report.retained_bytes) == (5120, 5120, 1024)
     assert report.result == "result"
     device = torch.device("cuda", 1)
-    assert cuda.calls == [("synchronize", device), ("reset", device), "step", ("synchronize", device)]
+    measured = [("reset", device), "step", ("synchronize", device), ("reset", device)]
+    assert cuda.calls == [("synchronize", device), *measured]

@@ -78,6 +78,52 @@ def verify(context: typer.Context) -> None:
 
 
 @app.command()
+def families(
+    context: typer.Context,
+    model_type: Annotated[
+        list[str] | None,
+        typer.Option("--model_type", help="A model type of Transformers, such as llama; any number of times."),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the documentation.")] = False,
+    output: Annotated[str | None, typer.Option("--output", help="A file to write instead of printing.")] = None,
+) -> None:
+    """Try families of models, and any model type of Transformers, with the libraries installed here."""
+    from meft.cli.families import families_command
+
+    sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=_command(context)))
+
+
+@app.command(context_settings=_PASS_ON)
+def estimate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A name on the hub, a model's folder, or a config.json.")],
+    method: Annotated[str, typer.Option("--method", help="all, or names separated by blanks: lora momentum.")] = "all",
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Rows of a batch.")] = 1,
+    seq_len: Annotated[int, typer.Option("--seq_len", help="Tokens of a row.")] = 512,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights.")] = "bfloat16",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, sgd, adafactor, ..., none.")] = "adamw",
+    task_type: Annotated[str | None, typer.Option("--task_type", help="The head; left out: the model's own.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; left out: cuda if there is one.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option("--attn_implementation", help="sdpa or eager.")] = None,
+    padded: Annotated[bool, typer.Option("--padded", help="Batches have padding.")] = False,
+    autocast: Annotated[str | None, typer.Option("--autocast", help="Mixed precision to this dtype.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="24GiB, say: find the largest that fits.")] = None,
+    longest: Annotated[str, typer.Option("--longest", help="What to find: batch or sequence.")] = "batch",
+    revision: Annotated[str | None, typer.Option("--revision", help="Of the model on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust_remote_code", help="Run the model's own code.")] = False,
+    json: Annotated[str | None, typer.Option("--json", help="Write everything that was found to this file.")] = None,
+) -> None:
+    """Predict the memory of a training step, by method, without weights and without a GPU.
+
+    Options of the methods follow as --lora_rank 16, --bottleneck_dim 64, --frozen_layers 8, and so on.
+    """
+    from meft.cli.estimate import estimate_command
+
+    given = {name: value for name, value in context.params.items() if name not in ("method", "json")}
+    sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=_command(context)))
+
+
+@app.command()
 def demo(
     context: typer.Context,
     output_dir: Annotated[str, typer.Option("--output_dir", help="Folder for the table and the figure.")] = "demo",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, progress_bar, table
+from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
 from meft.demo.training import Settings, compete, rows_of, units
 from meft.errors import ConfigError, MeftError, OutputFolderError
 from meft.methods import METHODS
@@ -101,6 +101,7 @@ def run(
         write_json(staging / RESULTS_FILE, results)
         publish_files(staging, folder, last=(RESULTS_FILE,))
     Console().print(table(results))
+    Console().print(memory_table(results))
     notes.print(f"Saved {folder / RESULTS_FILE} and {folder / FIGURE_FILE}.", soft_wrap=True)
     return results
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from meft.memory.causes import CAUSES
 from meft.results import format_bytes
 from meft.tasks.docstrings import Docstrings
 
@@ -44,6 +45,20 @@ def table(results: Mapping[str, Any]) -> Table:
             format_bytes(row["peak_activation_bytes"]),
             f"{row['step_seconds']:.2f} s" if ratio is None else f"{ratio:.2f} x full",
         )
+    return shown
+
+
+def memory_table(results: Mapping[str, Any]) -> Table:
+    """What the peak memory of every method is for."""
+    rows = results["methods"]
+    causes = [cause for cause in CAUSES if any(row["peak_activation_causes"][cause] for row in rows)]
+    shown = Table(title="What the activations at the peak are for", title_justify="left")
+    shown.add_column("method")
+    for cause in causes:
+        shown.add_column(cause, justify="right")
+    for row in rows:
+        sizes = [row["peak_activation_causes"][cause] for cause in causes]
+        shown.add_row(row["method"], *(format_bytes(size) if size else "" for size in sizes))
     return shown
 
 

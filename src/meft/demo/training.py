@@ -63,7 +63,7 @@ class Entrant:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     correct: int = 0
-    peak_activation_bytes: int = 0
+    peak_activation_causes: dict[str, int] = field(default_factory=dict)
 
 
 def units(task: Docstrings, settings: Settings, methods: Sequence[str]) -> int:
@@ -97,7 +97,7 @@ def compete(
             entrant.correct += _count_correct(entrant.model, _take(validation, rows))
             progress.advance(bar)
         progress.update(bar, description=f"memory of {entrant.method}")
-        entrant.peak_activation_bytes = _peak(
+        entrant.peak_activation_causes = _peak(
             entrant, _take(train, torch.arange(len(task.train))[: settings.batch_size])
         )
         progress.advance(bar)
@@ -141,11 +141,13 @@ def _count_correct(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return int((found == batch["labels"]).sum())
 
 
-def _peak(entrant: Entrant, batch: dict[str, Tensor]) -> int:
+def _peak(entrant: Entrant, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes of activations at their peak in a step, by cause."""
+
     def step() -> None:
         entrant.model(**batch).loss.backward()
 
-    peak = measure(step, model=entrant.model).activation_peak_bytes
+    peak = measure(step, model=entrant.model).activation_causes
     entrant.optimizer.zero_grad()
     return peak
 
@@ -190,7 +192,8 @@ def rows_of(entrants: Sequence[Entrant], validation_texts: int) -> list[dict[str
                 "score_standard_error": math.sqrt(score * (1 - score) / validation_texts),
                 "trainable_parameters": trainable,
                 "total_parameters": total,
-                "peak_activation_bytes": entrant.peak_activation_bytes,
+                "peak_activation_bytes": sum(entrant.peak_activation_causes.values()),
+                "peak_activation_causes": entrant.peak_activation_causes,
                 "step_seconds": times[entrant.method],
                 "step_time_ratio_to_full": times[entrant.method] / times["full"] if "full" in times else None,
                 "learning_rate": LEARNING_RATES[entrant.method],

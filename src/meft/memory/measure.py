@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from meft.errors import ConfigError
-from meft.memory.timeline import peak_bytes, record_cpu, surviving
+from meft.memory.causes import CAUSES, Attribution
+from meft.memory.cuda import Ledger, Readings
+from meft.memory.marks import marks_go_to, watched
+from meft.memory.timeline import record_cpu, surviving
+from meft.results import format_bytes
 
 # torch.cuda's caching allocator hands out multiples of this many bytes.
 _CUDA_ROUNDING = 512
@@ -24,13 +29,16 @@ class MemoryReport:
     Attributes:
         device: Where memory was measured.
         peak_bytes: The most that was live at any moment of the step.
-        activation_peak_bytes: The same with new gradients and optimizer state (below) left out of the sum. Exact on
-            the CPU; on CUDA it is `peak_bytes` less what of those is left at the end, a lower bound that is exact
-            where the peak falls after they were made.
+        activation_peak_bytes: The most with new gradients of those parameters and new optimizer state (below) left out
+            of the sum. Exact on the CPU; on CUDA what is being made of those at the moment of the peak is counted.
         retained_bytes: What is still live after the step, its result included.
         gradient_bytes: What of it are gradients of the parameters that were given to `measure` (0 if none were).
         optimizer_bytes: What of it is state of the optimizer that was given to `measure` (0 if none was).
+        causes: `peak_bytes` by cause, which `meft.memory.causes.CAUSES` lists and explains.
+        activation_causes: The same of `activation_peak_bytes`.
         result: What the step returned.
+
+    Printed with rich, it is a table by cause.
     """
 
     device: torch.device
@@ -39,7 +47,22 @@ class MemoryReport:
     retained_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    causes: dict[str, int]
+    activation_causes: dict[str, int]
     result: Any = field(repr=False, default=None)
+
+    def __rich__(self) -> Table:
+        table = Table(title="Peak memory of a step", title_justify="left")
+        table.add_column("at the peak of")
+        table.add_column("everything", justify="right")
+        table.add_column("activations", justify="right")
+        for cause in CAUSES:
+            sizes = self.causes[cause], self.activation_causes[cause]
+            if any(sizes):
+                table.add_row(cause, *(format_bytes(size) if size else "" for size in sizes))
+        table.add_section()
+        table.add_row("sum", format_bytes(self.peak_bytes), format_bytes(self.activation_peak_bytes))
+        return table
 
 
 def measure(
@@ -58,6 +81,9 @@ def measure(
         >>> report.activation_peak_bytes
         1843204
 
+    The peak is put down to causes. The layers of `model` are told apart by hooks on them, so without it only gradients
+    and optimizer state have a cause; the gradients need `model` or `parameters`, the optimizer `optimizer`.
+
     On the CPU the figures are sums of exact allocation sizes and the same in every run: they count the memory that
     PyTorch allocates during the step. A release of memory older than the step is not credited, so clear gradients
     before the step, not in it (PyTorch itself notes such a release on standard error). On CUDA they are differences
@@ -71,7 +97,7 @@ def measure(
         step: Called once without arguments; runs forward and backward, and may run the optimizer.
         device: "cpu" or a CUDA device. None takes the device of the first parameter given, else the current CUDA
             device if this process uses one, else the CPU.
-        model: The module whose gradients are to be set apart.
+        model: The module whose layers and gradients are to be told apart.
         parameters: The same as an iterable of parameters, instead of `model`.
         optimizer: The optimizer that `step` runs, if it does, whose new state is to be set apart.
 
@@ -101,25 +127,29 @@ def measure(
     where = _device(device, weights)
     with _no_garbage_collection():
         run = _measure_cpu if where.type == "cpu" else _measure_cuda
-        return run(step, where, weights, optimizer)
+        return run(step, where, model, weights, optimizer)
 
 
 def _measure_cpu(
     step: Callable[[], Any],
     device: torch.device,
+    model: torch.nn.Module | None,
     weights: list[torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
 ) -> MemoryReport:
-    result, blocks = record_cpu(step)
-    sizes = {block.address: block.size for block in surviving(blocks)}
+    with watched(model, weights, optimizer):
+        result, timeline = record_cpu(step)
+    sizes = {block.address: block.size for block in surviving(timeline.blocks)}
     gradients = _storages(_gradients(weights), device) & sizes.keys()
     state = _storages(_state(optimizer), device) & sizes.keys() - gradients
-    apart = gradients | state
-    rest = [block for block in blocks if block.died is not None or block.address not in apart]
+    found = Attribution(timeline, gradients, state)
+    causes, activation_causes = found.peak(), found.activations()
     return MemoryReport(
         device=device,
-        peak_bytes=peak_bytes(blocks),
-        activation_peak_bytes=peak_bytes(rest),
+        peak_bytes=sum(causes.values()),
+        activation_peak_bytes=sum(activation_causes.values()),
+        causes=causes,
+        activation_causes=activation_causes,
         retained_bytes=sum(sizes.values()),
         gradient_bytes=sum(sizes[address] for address in gradients),
         optimizer_bytes=sum(sizes[address] for address in state),
@@ -130,6 +160,7 @@ def _measure_cpu(
 def _measure_cuda(
     step: Callable[[], Any],
     device: torch.device,
+    model: torch.nn.Module | None,
     weights: list[torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
 ) -> MemoryReport:
@@ -138,20 +169,24 @@ def _measure_cuda(
 
     torch.cuda.synchronize(device)
     gradients_before, state_before = kept_apart()
+    older = _storages(_gradients(weights), device)
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    result = step()
+    readings = Readings(device)
+    with watched(model, weights, optimizer), marks_go_to(readings):
+        result = step()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    readings("")
     gradients_after, state_after = kept_apart()
-    gradients, state = gradients_after - gradients_before, state_after - state_before
+    ledger = Ledger(readings.taken, older)
     return MemoryReport(
         device=device,
-        peak_bytes=peak,
-        activation_peak_bytes=peak - gradients - state,
+        peak_bytes=sum(ledger.peak.values()),
+        activation_peak_bytes=sum(ledger.activations.values()),
         retained_bytes=torch.cuda.memory_allocated(device) - before,
-        gradient_bytes=gradients,
-        optimizer_bytes=state,
+        gradient_bytes=gradients_after - gradients_before,
+        optimizer_bytes=state_after - state_before,
+        causes=ledger.peak,
+        activation_causes=ledger.activations,
         result=result,
     )
 

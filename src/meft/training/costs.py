@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft.memory.measure import measure
+from meft.memory.measure import MemoryReport, measure
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class StepCosts:
         step_seconds: Median time of a step.
         reference: What the ratio is a ratio to. `None`: nothing was measured beside the step.
         reference_peak_activation_bytes, reference_step_seconds: The same of the reference.
+        peak_activation_causes, reference_peak_activation_causes: What those bytes are for
+            (`meft.memory.causes.CAUSES`); `None` in results of versions that did not tell.
     """
 
     rows: int
@@ -40,6 +42,8 @@ class StepCosts:
     reference: str | None = None
     reference_peak_activation_bytes: int | None = None
     reference_step_seconds: float | None = None
+    peak_activation_causes: dict[str, int] | None = None
+    reference_peak_activation_causes: dict[str, int] | None = None
 
     @property
     def step_time_ratio(self) -> float | None:
@@ -76,10 +80,21 @@ def measure_costs(
                 peaks.append(other.peak())
                 steppers.append(other)
         times = [[stepper.seconds() for stepper in steppers] for _ in range(steps)]
-    ours, *others = zip(peaks, map(median, zip(*times, strict=True)), strict=True)
-    theirs = others[0] if others else (None, None)
+    seconds = [median(each) for each in zip(*times, strict=True)]
+    ours, theirs = peaks[0], peaks[1] if len(peaks) > 1 else None
     rows, tokens = batch["input_ids"].shape
-    return StepCosts(rows, tokens, steps, *ours, reference_name if others else None, *theirs)
+    return StepCosts(
+        rows,
+        tokens,
+        steps,
+        peak_activation_bytes=ours.activation_peak_bytes,
+        step_seconds=seconds[0],
+        reference=None if theirs is None else reference_name,
+        reference_peak_activation_bytes=None if theirs is None else theirs.activation_peak_bytes,
+        reference_step_seconds=None if theirs is None else seconds[1],
+        peak_activation_causes=ours.activation_causes,
+        reference_peak_activation_causes=None if theirs is None else theirs.activation_causes,
+    )
 
 
 class _Stepper:
@@ -90,12 +105,12 @@ class _Stepper:
     ) -> None:
         self.model, self.batch, self.autocast = model, batch, autocast
 
-    def peak(self) -> int:
-        """Peak activation bytes of a step."""
+    def peak(self) -> MemoryReport:
+        """The memory of a step."""
         self._drop_gradients()
         self._step()  # a first step allocates what later ones find ready
         self._drop_gradients()
-        return measure(self._step, model=self.model).activation_peak_bytes
+        return measure(self._step, model=self.model)
 
     def seconds(self) -> float:
         """Time of a step."""

@@ -1,0 +1,224 @@
+"""`meft estimate`: what a training step will need, by method, from a configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from meft.errors import ConfigError, UnsupportedModelError
+from meft.memory.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from meft.memory.estimate import estimate
+from meft.memory.recipes import RECIPES, read_recipe
+from meft.memory.report import WEIGHTS, BudgetError, MemoryEstimate
+from meft.memory.sizes import parse_size
+from meft.results import format_bytes, versions
+from meft.storage import write_json
+
+ALL = "all"
+Failure = BudgetError | UnsupportedModelError
+_ACTIVATIONS = tuple(cause for cause in CAUSES if cause not in (GRADIENTS, OPTIMIZER_STATE))
+# Columns of a terminal from which on there is room for every cause.
+_WIDE = 140
+
+
+def estimate_command(
+    model: str,
+    *,
+    methods: str,
+    budget: str | None,
+    longest: str,
+    json: str | None,
+    extra: Sequence[str],
+    command: str,
+    **arguments: Any,
+) -> int:
+    """Runs `meft estimate`, prints the table, and the lines of Python to copy.
+
+    Args:
+        model: as in `meft.estimate`.
+        methods: "all", or names separated by blanks or commas.
+        budget: as in `meft.estimate`.
+        longest: as in `meft.estimate`.
+        json: a file for everything that was found.
+        extra: the words left over: options of the method, as `--lora_rank 16`.
+        command: the command line, for the record.
+        **arguments: other arguments of `meft.estimate`.
+
+    Returns:
+        0 if there is an estimate for any method that was asked for, and 2 if for none.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: what was given is not valid.
+    """
+    names = list(RECIPES) if methods == ALL else methods.replace(",", " ").split()
+    options = _options(extra)
+    if not names:
+        raise ConfigError(f"method is {methods!r}; give {ALL}, or one or more of {', '.join(RECIPES)}.")
+    for name in names:
+        read_recipe(name, options)
+    if budget is not None:
+        parse_size(budget)
+    if json is not None and not Path(json).resolve().parent.is_dir():
+        raise ConfigError(f"The folder of {json!r} does not exist. Create it, or choose another.")
+    found: list[MemoryEstimate] = []
+    failed: dict[str, Failure] = {}
+    with _progress(names) as report:
+        for name in names:
+            try:
+                advance = report(name)
+                found.append(
+                    estimate(
+                        model,
+                        method=name,
+                        budget=budget,
+                        longest=longest,  # type: ignore[arg-type]
+                        progress=advance,
+                        **arguments,
+                        **_own(name, options, alone=len(names) == 1),
+                    )
+                )
+            except (BudgetError, UnsupportedModelError) as error:
+                if len(names) == 1:
+                    raise
+                failed[name] = error
+    _show(Console(), found, failed, names, budget, longest)
+    if json is not None:
+        write_json(Path(json), _record(found, failed, command))
+    return 0 if found else 2
+
+
+def _show(
+    console: Console,
+    found: Sequence[MemoryEstimate],
+    failed: Mapping[str, Failure],
+    names: Sequence[str],
+    budget: str | None,
+    longest: str,
+) -> None:
+    if len(names) == 1:
+        if budget is not None:
+            console.print(_answer(found[0], budget, longest), highlight=False, soft_wrap=True)
+        console.print(found[0].table())
+        console.print(found[0].code, highlight=False, markup=False, soft_wrap=True)
+        return
+    if found:
+        console.print(_comparison(found, failed, names, budget, longest, split=console.width >= _WIDE))
+        console.print("\nTo train so:", highlight=False)
+        for report in found:
+            console.print(f"\n# {report.method}\n{report.code}", highlight=False, markup=False, soft_wrap=True)
+    for name, error in failed.items():
+        if not isinstance(error, BudgetError):
+            console.print(f"\n{name} is left out. {error}", highlight=False, markup=False, soft_wrap=True)
+        elif not found:
+            console.print(f"\n{error}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _answer(report: MemoryEstimate, budget: str, longest: str) -> str:
+    if longest == "batch":
+        return f"In {budget}, {report.method} fits {report.shape}."
+    more = "; the model has no more positions" if report.limited else ""
+    return f"In {budget}, {report.method} fits {report.seq_len} tokens a row, in a batch of {report.batch_size}{more}."
+
+
+def _comparison(
+    found: Sequence[MemoryEstimate],
+    failed: Mapping[str, Failure],
+    names: Sequence[str],
+    budget: str | None,
+    longest: str,
+    *,
+    split: bool,
+) -> Table:
+    """One row a method; `split` gives every cause of activations a column, rather than all of them together."""
+    first = found[0]
+    size = first.shape if budget is None else f"in {budget}"
+    note = f"Worst moment of a step on {first.device}; optimizer: its state and what it makes while it steps."
+    table = Table(
+        title=f"A training step of {first.model}: {first.task_type}, {first.dtype}, {size}, {first.optimizer}",
+        caption=note + (" +: no more was looked for." if any(report.limited for report in found) else ""),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("method", no_wrap=True)
+    if budget is not None:
+        table.add_column("largest batch" if longest == "batch" else "longest sequence", justify="right")
+    columns: list[tuple[str, tuple[str, ...]]] = [(each, (each,)) for each in (WEIGHTS, OPTIMIZER_STATE, GRADIENTS)]
+    columns += [(cause, (cause,)) for cause in _ACTIVATIONS] if split else [("activations", _ACTIVATIONS)]
+    columns = [(name, causes) for name, causes in columns if any(_sum(report, causes) for report in found)]
+    for heading in ("sum", *(name for name, _ in columns)):
+        table.add_column(heading, justify="right")
+    reports = {report.method: report for report in found}
+    for name in names:
+        error = failed.get(name)
+        if isinstance(error, BudgetError):
+            table.add_row(name, "none", f"{format_bytes(error.needed)} at least")
+        elif name in reports:
+            report = reports[name]
+            largest = report.batch_size if longest == "batch" else report.seq_len
+            answer = [] if budget is None else [f"{largest}{'+' if report.limited else ''}"]
+            sizes = [_sum(report, causes) for _, causes in columns]
+            cells = [format_bytes(size) if size else "" for size in sizes]
+            table.add_row(name, *answer, format_bytes(report.total_bytes), *cells)
+    return table
+
+
+def _sum(report: MemoryEstimate, causes: Sequence[str]) -> int:
+    return sum(report.total_causes[cause] for cause in causes)
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """The options of the method: `--name value` or `--name=value`."""
+    options: dict[str, Any] = {}
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or not rest:
+            raise ConfigError(f"{name!r} was not understood. Options of a method are given as --lora_rank 16.")
+        options[name.removeprefix("--")] = _value(rest.pop(0))
+    return options
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _own(name: str, options: dict[str, Any], *, alone: bool) -> dict[str, Any]:
+    """The options that mean something to a method: of several methods, each takes its own."""
+    return options if alone else read_recipe(name, options).own_options()
+
+
+@contextmanager
+def _progress(names: Sequence[str]) -> Iterator[Callable[[str], Callable[[str], None]]]:
+    """A bar over the methods that says what is being run; gone when all is done."""
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(names))
+
+        def begin(name: str) -> Callable[[str], None]:
+            progress.update(task, completed=names.index(name), description=name)
+            return lambda description: progress.update(task, description=description)
+
+        yield begin
+
+
+def _record(found: Sequence[MemoryEstimate], failed: Mapping[str, Failure], command: str) -> dict[str, Any]:
+    return {
+        "kind": "meft estimate",
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "estimates": [report.as_dict() for report in found],
+        "left_out": {name: str(error) for name, error in failed.items()},
+        "versions": versions(),
+    }
