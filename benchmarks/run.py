@@ -1,12 +1,19 @@
-"""Peak activation memory and step time of every way to fine-tune, on one BERT with random weights.
+"""Memory and time of every way to fine-tune, side by side.
 
-    python benchmarks/run.py                # 12 layers x 256, 8 sequences of 128 tokens
-    python benchmarks/run.py --quick        # 4 layers x 64, a few seconds, to see that everything runs
+    python benchmarks/run.py                       # everything
+    python benchmarks/run.py --parts times         # one part; the others stay as they were measured
+    python benchmarks/run.py --quick               # small shapes, seconds, to see that everything runs
 
-One process holds all models. Memory is that of one forward and backward pass, measured by `meft.measure` with the
-gradients of the weights set apart; the same in every run. Time is the median over rounds in which every method
-takes one step, each round beginning with another method, so that other load on the machine falls on all alike. Only
-ratios within a run mean anything, and those of a busy machine little: the result names its load.
+`classifier`: a RoBERTa-large shape. `decoders`: Llama shapes over lengths and depths, bfloat16. `head`: one of them
+with a vocabulary head. `times`: time of a step. `fake`: shapes of known models on tensors without values. `gpu`:
+longest sequences on an accelerator, where there is one.
+
+Memory is the peak of a forward and backward pass by `meft.measure`, the same in every run. Times are medians over
+rounds of alternating steps, of the ratios within a round; only these ratios mean anything, and those of a busy machine
+little: the result names its load.
+
+Writes benchmarks.json, benchmarks.md and figures (SVG) to benchmarks/results, and puts the tables into
+docs/benchmarks.md. With --quick or --output they go to another folder, and the page stays as it is.
 """
 
 from __future__ import annotations
@@ -15,153 +22,94 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from peers import PEERS, Shape, batch_of
-from torch import nn
+from figures import save_figures
+from measuring import use_threads
+from parts import FULL_SIZES, PARTS, QUICK_SIZES, Sizes, count
+from tables import as_markdown, put_into_page, section
+from tqdm import tqdm
+from transformers.utils import logging
 
-from meft import measure
-from meft.methods import count_parameters
 from meft.results import hardware, versions
-from meft.storage import write_json, write_text
+from meft.storage import read_json, write_json, write_text
 
-RESULTS = Path(__file__).parent / "results"
-REFERENCES = ("full", "lora+checkpointing")
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one method costs; bytes and seconds of a forward and backward pass."""
-
-    trainable_parameters: int
-    peak_activation_bytes: int
-    peak_bytes: int
-    gradient_bytes: int
-    step_seconds: float
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+NAME = "benchmarks"
 
 
-def main() -> None:
-    arguments = parse()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    shape = Shape(arguments.layers, arguments.width, arguments.sequence, arguments.batch, arguments.dtype)
+def main(words: Sequence[str] | None = None) -> Path:
+    """Runs the parts asked for and returns the folder of the results."""
+    arguments = parse(words)
+    use_threads(arguments.threads)
+    logging.set_verbosity_error()
+    sizes = QUICK_SIZES if arguments.quick else FULL_SIZES
+    folder = arguments.output or (Path(tempfile.mkdtemp(prefix="meft-benchmarks-")) if arguments.quick else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{NAME}.json"
+    measured: dict[str, Any] = read_json(file) if file.is_file() else {}
+    command = shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if words is None else words)])
+    for part in arguments.parts:
+        measured[part] = run_part(part, sizes, command, arguments.rounds)
+        print(f"\n{section(part, measured)}\n")
+        # After every part: an hour's work is not lost by what comes later.
+        write_results(measured, folder)
+    print(section("targets", measured))
+    print(f"\nWritten to {folder}")
+    return folder
+
+
+def run_part(part: str, sizes: Sizes, command: str, rounds: int | None) -> dict[str, Any]:
+    """One part's results with their provenance; a bar on standard error says what is running."""
+    if rounds is not None:
+        sizes = Sizes(**{**vars(sizes), "rounds": rounds})
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    measured = compare(shape, arguments.methods, arguments.steps)
-    result = {
-        "shape": asdict(shape),
-        "steps": arguments.steps,
-        "command": f"python {shlex.join(sys.argv)}",
+    begun = time.perf_counter()
+    with tqdm(total=count(part, sizes), desc=part, unit="step") as bar:
+
+        def progress(words: str) -> None:
+            bar.set_postfix_str(words)
+            bar.update()
+
+        found = PARTS[part](sizes, progress)
+    return {
+        **found,
+        "part_seconds": round(time.perf_counter() - begun, 1),
+        "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware() | {"load_before": load},
         "versions": versions(),
-        "methods": {name: asdict(measurement) for name, measurement in measured.items()},
     }
-    text = as_markdown(result, measured)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / f"{shape}.json", result)
-    write_text(arguments.output / f"{shape}.md", text)
-    print(text)
-    print(f"Written to {arguments.output / str(shape)}.json and .md")
 
 
-def parse() -> argparse.Namespace:
+def write_results(measured: dict[str, Any], folder: Path) -> None:
+    """Every file is written beside its place and renamed."""
+    write_json(folder / f"{NAME}.json", measured)
+    write_text(folder / f"{NAME}.md", as_markdown(measured))
+    save_figures(measured, folder)
+    if folder == RESULTS and PAGE.is_file():
+        write_text(PAGE, put_into_page(PAGE.read_text(encoding="utf-8"), measured))
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small shape and few steps, unless given as well")
-    parser.add_argument("--layers", type=int, help="number of layers (12; quick: 4)")
-    parser.add_argument("--width", type=int, help="hidden size, a multiple of 64 (256; quick: 64)")
-    parser.add_argument("--sequence", type=int, help="tokens a sequence (128; quick: 32)")
-    parser.add_argument("--batch", type=int, help="sequences a batch (8; quick: 4)")
-    parser.add_argument("--steps", type=int, help="timed steps of each method (15; quick: 3)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (its own choice)")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="METHOD", help=", ".join(PEERS)
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of the result files ({RESULTS.name})")
-    arguments = parser.parse_args()
-    usual = {"layers": (12, 4), "width": (256, 64), "sequence": (128, 32), "batch": (8, 4), "steps": (15, 3)}
-    for name, (full, quick) in usual.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, quick if arguments.quick else full)
-        elif getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
-    if arguments.width % 64 and arguments.width > 64:
-        parser.error(f"--width is {arguments.width}; it must be a multiple of 64, the width of an attention head.")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure (all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few steps, into a temporary folder")
+    parser.add_argument("--rounds", type=int, help=f"timed steps of each method ({FULL_SIZES.rounds})")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
+    parser.add_argument("--output", type=Path, help="folder of the result files (benchmarks/results)")
+    arguments = parser.parse_args(words)
+    for name in ("rounds", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1.")
     return arguments
-
-
-def compare(shape: Shape, methods: list[str], steps: int) -> dict[str, Measurement]:
-    batch = batch_of(shape)
-    models = {name: PEERS[name](shape).train() for name in methods}
-
-    def step_of(model: nn.Module) -> Callable[[], None]:
-        return lambda: model(**batch).loss.backward()
-
-    reports = {}
-    for name, model in models.items():
-        seconds_of(step_of(model), model)  # a first step allocates what later ones find ready
-        model.zero_grad()
-        reports[name] = measure(step_of(model), model=model)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for turn in range(steps):
-        first = turn % len(methods)
-        for name in methods[first:] + methods[:first]:
-            seconds[name].append(seconds_of(step_of(models[name]), models[name]))
-    return {
-        name: Measurement(
-            trainable_parameters=count_parameters(model)[0],
-            peak_activation_bytes=reports[name].activation_peak_bytes,
-            peak_bytes=reports[name].peak_bytes,
-            gradient_bytes=reports[name].gradient_bytes,
-            step_seconds=median(seconds[name]),
-        )
-        for name, model in models.items()
-    }
-
-
-def seconds_of(step: Callable[[], None], model: nn.Module) -> float:
-    model.zero_grad()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def as_markdown(result: dict[str, Any], measured: dict[str, Measurement]) -> str:
-    references = [name for name in REFERENCES if name in measured]
-    header = ["method", "trainable parameters", "peak activations, MiB"]
-    header += [f"of {name}" for name in references]
-    header += ["with gradients, MiB", "step, ms", *(f"against {name}" for name in references)]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name, found in measured.items():
-        memory = [f"{found.peak_activation_bytes / measured[other].peak_activation_bytes:.1%}" for other in references]
-        times = [f"{found.step_seconds / measured[other].step_seconds:.2f}" for other in references]
-        activations, peak = f"{found.peak_activation_bytes / MIB:.2f}", f"{found.peak_bytes / MIB:.2f}"
-        milliseconds = f"{found.step_seconds * 1000:.1f}"
-        rows.append([name, f"{found.trainable_parameters:,}", activations, *memory, peak, milliseconds, *times])
-    shape, machine = result["shape"], result["hardware"]
-    lines = [
-        f"# BERT, {shape['layers']} layers x {shape['width']}, {shape['batch']} sequences of {shape['sequence']} "
-        f"tokens, {shape['dtype']}",
-        "",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "Peak of live bytes during a forward and backward pass above what was live before it; gradients of the weights "
-        f"set apart in the first column. Times: medians of {result['steps']} alternating steps in one process.",
-        "",
-        f"- command: `{result['command']}`",
-        f"- date: {result['date']}",
-        f"- hardware: {', '.join(f'{name} {value}' for name, value in machine.items())}",
-        f"- versions: {', '.join(f'{name} {value}' for name, value in result['versions'].items())}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

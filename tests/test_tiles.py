@@ -17,6 +17,7 @@ from meft.couplings import make_coupling
 from meft.engine import Layer, Tape, finish, run_layer
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.layers import tokenwise
+from meft.plan import Plan
 from meft.tiles import packed_slab, slabs, tile_of, tiles
 from peft_helpers import assert_close, assert_equal, gradients, llama, neox
 
@@ -240,6 +241,13 @@ def test_whole_samples_are_dropped_only_whole() -> None:
     expected = gradients(whole, images)
     meft.restore(model)
     assert_equal(gradients(meft.make_reversible(model, granularity="block", tile_size=3), images), expected)
+
+
+def test_auto_takes_a_quarter_of_long_sequences() -> None:
+    plan = Plan.make(coupling="meft3")
+    assert [plan.tile(tokens) for tokens in (1, 1023, 1024, 2049)] == [None, None, 256, 513]
+    assert Plan.make(coupling="meft3", tile_size=7).tile(2049) == 7
+    assert Plan.make(coupling="meft3", tile_size=None).tile(2049) is None
 
 
 class Limited(nn.Linear):

@@ -72,7 +72,7 @@ def make_reversible(
         granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
             them is rebuilt at a time (`momentum`, in families whose layers split).
         tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
-            "auto" for 256 from 1024 tokens up, None for all.
+            "auto" for a quarter of them from 1024 up, None for all.
         fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
             training (`meft.head`).
 

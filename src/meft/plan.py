@@ -12,8 +12,9 @@ from .errors import ConfigError
 ARITHMETICS = ("exact", "float")
 BACKWARDS = ("reversible", "cached")
 
-# Below this many tokens a tile saves little and costs time; above, this many tokens to a tile (docs/memory.md).
-_TILED_FROM, _TILE = 1024, 256
+# Below this many tokens tiles save little and cost time. A quarter of the tokens at once takes a feed-forward below the
+# attention in memory, and more tiles would only cost time (docs/log.md).
+_TILED_FROM, _TILES = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Plan:
     def tile(self, tokens: int) -> int | None:
         """How many of so many tokens to give a feed-forward block at once; None for all."""
         if self.tile_size == "auto":
-            return _TILE if tokens >= _TILED_FROM else None
+            return -(-tokens // _TILES) if tokens >= _TILED_FROM else None
         assert not isinstance(self.tile_size, str)
         return self.tile_size
 
