@@ -280,7 +280,7 @@ def _undo_step(
             with torch.enable_grad(), private_graph(), snapshot.replayed(drawn):
                 source, values = _run(tape, layer, step, tile, outside)
         # Edges of the graph instead of its outputs: what the function returned is not needed once it is subtracted.
-        edges = [(get_gradient_edge(value), value.dtype) for value in values if value.requires_grad]
+        edges = [(get_gradient_edge(value), value.dtype) if value.requires_grad else None for value in values]
         value = values[0].detach() if values else None
         del values
         tile = step.inverse(tape.arithmetic, tile, value, residues[index] if residues else None, in_place=tape.in_place)
@@ -331,17 +331,14 @@ class _Tiled:
         self.step, self.pending, self.shape, self.whole = step, pending, shape, parts == 1
         self.found: list[Tensor] = []
 
-    def add(self, part: slice, source: Tensor | None, edges: Sequence[tuple[GradientEdge, torch.dtype]]) -> None:
+    def add(self, part: slice, source: Tensor | None, edges: Sequence[tuple[GradientEdge, torch.dtype] | None]) -> None:
         """Differentiates one run: `source` is the leaf it read, or None if there was no function."""
         pending = self.pending
         above = pending.streams[self.step.target]
         if above is not None and not self.whole:
             above = tile_of(above, part)
-        known = [
-            (edge, g.to(dtype))
-            for (edge, dtype), g in zip(edges, (above, *pending.further), strict=False)
-            if g is not None
-        ]
+        pairs = zip(edges, (above, *pending.further), strict=False)
+        known = [(edge[0], g.to(edge[1])) for edge, g in pairs if edge is not None and g is not None]
         wanted = (*pending.leaves, source) if pending.below and source is not None else tuple(pending.leaves)
         if not known or not wanted:
             return
