@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
+from .architectures.base import parameter_names
 from .engine import Function
 from .errors import UnsupportedModelError
 
@@ -153,7 +153,7 @@ def split_hidden(
     if args:
         hidden, args = args[0], args[1:]
     else:
-        hidden = rest.pop(next(iter(_parameters(type(layer))), ""), None)
+        hidden = rest.pop(next(iter(parameter_names(layer)), ""), None)
     if not isinstance(hidden, Tensor):
         raise UnsupportedModelError(
             f"{name}, a {type(layer).__name__}, is called with a {type(hidden).__name__} as its first argument, where "
@@ -176,7 +176,7 @@ def without_cache(
     Raises:
         UnsupportedModelError: the cache holds something, which the layer would have read.
     """
-    positions = dict(zip(_parameters(type(layer))[1:], range(len(args)), strict=False))
+    positions = dict(zip(parameter_names(layer)[1:], range(len(args)), strict=False))
     given = {**{key: args[position] for key, position in positions.items()}, **kwargs}
     caches = {key: given[key] for key in _CACHE_ARGUMENTS if given.get(key) is not None}
     if not caches and not given.get("use_cache"):
@@ -201,14 +201,6 @@ def without_cache(
 def recording() -> bool:
     """Tells whether Transformers records hidden states or other outputs of the running call."""
     return bool(_active_collector.get())
-
-
-def _parameters(layer: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the positional arguments of a layer's class, the hidden state's first."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    signature = inspect.signature(layer.forward)
-    found = [name for name, value in signature.parameters.items() if value.kind in kinds]
-    return tuple(found[1:])
 
 
 def _recorded() -> dict[str, int]:

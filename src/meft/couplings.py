@@ -66,7 +66,7 @@ class Step:
         if self.difference:
             x = x - streams[self.source]
         coupled = arithmetic.couple(x, f, self.factor)
-        return self._with_target(streams, coupled.stream), coupled
+        return self.with_target(streams, coupled.stream), coupled
 
     def inverse(
         self,
@@ -81,9 +81,10 @@ class Step:
         x = arithmetic.uncouple(streams[self.target], f, self.factor, residue, in_place=in_place)
         if self.difference:
             x = torch.add(x, streams[self.source], out=x if in_place else None)
-        return self._with_target(streams, x)
+        return self.with_target(streams, x)
 
-    def _with_target(self, streams: Streams, value: Tensor) -> Streams:
+    def with_target(self, streams: Streams, value: Tensor) -> Streams:
+        """The streams with another one in the place of that which the step changes."""
         return (value, streams[1]) if self.target == 0 else (streams[0], value)
 
 

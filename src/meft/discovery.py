@@ -199,6 +199,11 @@ def _uncompiled(layer: nn.Module) -> nn.Module:
     return getattr(layer, "_orig_mod", layer)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tells whether `torch.compile` wrapped a module, or compiled it in place."""
+    return module is not _uncompiled(module) or module._compiled_call_impl is not None
+
+
 def _recurrent(module: nn.Module) -> bool:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase) or _RECURRENT.search(type(module).__name__):
         return True
@@ -220,7 +225,7 @@ def _refuse(layer: nn.Module, name: str) -> None:
     for module in layer.modules():
         if _recurrent(module):
             raise _recurrent_error(name, module)
-    if layer is not _uncompiled(layer) or layer._compiled_call_impl is not None:
+    if is_compiled(layer):
         raise UnsupportedModelError(
             f"{name} was compiled by itself, and a reversible layer would run it uncompiled. Make the model reversible "
             "first and compile the modules inside its layers (layer.mlp.compile()), or compile the whole model "

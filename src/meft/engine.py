@@ -48,7 +48,7 @@ from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad
 from .routes import Attach, Readout, Route, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
-from .tiles import tile_of, tiles, tokens
+from .tiles import joined, tile_of, tiles
 
 __all__ = ["Function", "Layer", "Tape", "finish", "observed_by", "readout", "run_layer"]
 
@@ -252,8 +252,7 @@ def _take_step(
         residues += [] if coupled.residue is None else [coupled.residue]
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
-    target = pieces[0] if len(parts) == 1 else torch.cat([tokens(piece) for piece in pieces]).view(tape.shape)
-    streams = (target, streams[1]) if step.target == 0 else (streams[0], target)
+    streams = step.with_target(streams, joined(pieces, tape.shape))
     return streams, None if snapshot is None else snapshot.settled()
 
 
@@ -291,8 +290,7 @@ def _undo_step(
     gradients.finish()
     if tape.in_place:
         return streams
-    target = pieces[0] if len(parts) == 1 else torch.cat([tokens(piece) for piece in pieces]).view(tape.shape)
-    return (target, streams[1]) if step.target == 0 else (streams[0], target)
+    return step.with_target(streams, joined(pieces, tape.shape))
 
 
 def _run(
@@ -358,8 +356,7 @@ class _Tiled:
             if step.difference:
                 streams[step.source] = _added(streams[step.source], -scaled)
         if self.found:
-            gradient = self.found[0] if self.whole else torch.cat([tokens(piece) for piece in self.found])
-            streams[step.source] = _added(streams[step.source], gradient.view(self.shape))
+            streams[step.source] = _added(streams[step.source], joined(self.found, self.shape))
 
 
 def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -381,9 +378,7 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
             parts = layer.tiles(step, tape.shape)
             values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
             further += [tensor for _, *rest in values for tensor in rest]
-            value = values[0][0]
-            if len(parts) > 1:
-                value = torch.cat([tokens(tile) for tile, *_ in values]).view(tape.shape)
+            value = joined([tile for tile, *_ in values], tape.shape)
         detached = None if value is None else value.detach()
         streams, coupled = step.forward(tape.arithmetic, streams, detached)
         if coupled.magnitude is not None:

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
 from .adapters import Bottleneck, behind, beside
-from .architectures import feed_forward_of, split_of
+from .architectures import Architecture, feed_forward_of, split_of
 from .calls import Block, Call, recording, split_hidden, split_output, without_cache
 from .engine import Layer, finish, readout, run_layer
 from .errors import UnsupportedModelError
@@ -142,9 +142,10 @@ class ReversibleLayer(nn.Module):
             behind_attention, beside_feed_forward = (placement.f, placement.g)
             if coupling.name == "momentum":
                 behind_attention, beside_feed_forward = None, placement.f
+            split = split_of(self.pretrained, placement.name)
             functions = {
-                "F": call.function("F", self._attention(placement, behind_attention)),
-                "G": call.function("G", self._feed_forward(placement, beside_feed_forward), main=False),
+                "F": call.function("F", self._attention(split, behind_attention)),
+                "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward), main=False),
             }
             tile = placement.segment.plan.tile(hidden.shape[:-1].numel())
             if tile is not None and not recording() and tokenwise(self.pretrained):
@@ -169,9 +170,8 @@ class ReversibleLayer(nn.Module):
 
         return block
 
-    def _attention(self, placement: Placement, adapter: Bottleneck | None) -> Block:
+    def _attention(self, split: Architecture, adapter: Bottleneck | None) -> Block:
         layer = self.pretrained
-        split = split_of(layer, placement.name)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             with behind(layer.get_submodule(split.attention_exit), adapter):
@@ -179,9 +179,8 @@ class ReversibleLayer(nn.Module):
 
         return block
 
-    def _feed_forward(self, placement: Placement, adapter: Bottleneck | None) -> Block:
+    def _feed_forward(self, split: Architecture, placement: Placement, adapter: Bottleneck | None) -> Block:
         layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
-        split = split_of(layer, placement.name)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
             with ExitStack() as stack:

@@ -7,7 +7,7 @@ are small beside a stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ def tile_of(stream: Tensor, tile: slice) -> Tensor:
     if tile.stop - tile.start == rows.shape[0]:
         return stream
     return rows[tile].view(*(1,) * (stream.dim() - 2), -1, stream.shape[-1])
+
+
+def joined(pieces: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Puts the tiles of a stream together again; a single one is the stream itself."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([tokens(piece) for piece in pieces]).view(shape)
 
 
 def slabs(stream: Tensor) -> Iterator[slice]:

@@ -21,7 +21,8 @@ from transformers.utils import logging
 from .adapters import Bottleneck, new_projections
 from .architectures import feed_forward_of
 from .config import ADAPTER_ONLY, MeftConfig
-from .convert import Stack, find_stacks, prepare_stack, pretrained_of, undo
+from .convert import prepare_stack, undo
+from .discovery import Stack, find_stacks, is_compiled, pretrained_of
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .head import attach, detach
 from .layers import ReversibleLayer
@@ -297,7 +298,7 @@ def _refuse_shared(stack: Stack) -> None:
 def _refuse_compiled(layer: nn.Module, name: str) -> None:
     """Adapters are placed by hooks, which a compiled module may not run."""
     for path, module in layer.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise UnsupportedModelError(
                 f"{path} in {name} is compiled, and a compiled module may leave out the adapters that MEFT places in "
                 "it. Add the adapter to a model that is not compiled, and compile the whole model afterwards "
@@ -316,21 +317,24 @@ def _activation(stack: Stack) -> Callable[[Tensor], Tensor]:
         if isinstance(value, str) and value in ACT2FN:
             activation = ACT2FN[value]
             # Some have parameters of their own, which are the model's.
-            if not (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
+            if not _has_parameters(activation):
                 return activation
         if callable(value) and not isinstance(value, type):
             return value
-    known = tuple(value[0] if isinstance(value, tuple) else value for value in ACT2CLS.values())
+    values = (value[0] if isinstance(value, tuple) else value for value in ACT2CLS.values())
+    known = tuple(value for value in values if isinstance(value, type))
     for module in pretrained_of(stack.layers[0]).modules():
-        if isinstance(module, tuple(value for value in known if isinstance(value, type))) and not any(
-            True for _ in module.parameters()
-        ):
+        if isinstance(module, known) and not _has_parameters(module):
             return module
     logger.warning_once(
         f"The non-linearity of {type(stack.owner).__name__} is not known: its configuration has none of "
         f"{', '.join(_ACTIVATION_NAMES)}. The adapters use GELU."
     )
     return ACT2FN["gelu"]
+
+
+def _has_parameters(activation: Any) -> bool:
+    return isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None
 
 
 def _dropout(stack: Stack) -> float:

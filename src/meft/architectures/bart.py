@@ -81,10 +81,8 @@ ENCODER_LAYER = Architecture(
     children=frozenset({"self_attn", "self_attn_layer_norm", "activation_fn", "fc1", "fc2", "final_layer_norm"}),
 )
 
-DECODER_LAYER = Architecture(
-    feed_forward_entry="fc1",
-    feed_forward_exit="fc2",
-    attention_exit="self_attn.out_proj",
+DECODER_LAYER = replace(
+    ENCODER_LAYER,
     attention_block=decoder_attention_block,
     feed_forward_block=decoder_feed_forward_block,
     children=ENCODER_LAYER.children | {"encoder_attn", "encoder_attn_layer_norm"},

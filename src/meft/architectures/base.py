@@ -54,19 +54,25 @@ def arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Models pass the same argument by position or by name, and leave out what has a default.
     """
     names, defaults = _parameters(inspect.unwrap(type(layer).forward))
-    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    return {**defaults, **dict(zip(names[1:], args, strict=False)), **kwargs}
+
+
+def parameter_names(layer: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a layer's `forward` takes by position, the hidden state's first."""
+    return _parameters(inspect.unwrap(type(layer).forward))[0]
 
 
 def named(layer: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the layer's `forward` names; some layers keep the others from their attention."""
-    names, _ = _parameters(inspect.unwrap(type(layer).forward))
+    names = parameter_names(layer)[1:]
     return {name: value for name, value in given.items() if name in names}
 
 
 @cache
 def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names (without self and the hidden state, in order) and defaults of the parameters of a layer's `forward`."""
-    parameters = list(inspect.signature(forward).parameters.values())[2:]
+    """Names (the hidden state's first) and defaults (without its own) of the parameters of a layer's `forward`."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     by_name = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    defaults = {parameter.name: parameter.default for parameter in by_name if parameter.default is not parameter.empty}
+    rest = by_name[1:]
+    defaults = {parameter.name: parameter.default for parameter in rest if parameter.default is not parameter.empty}
     return tuple(parameter.name for parameter in by_name), defaults
