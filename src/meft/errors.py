@@ -51,6 +51,10 @@ class OutputFolderError(MeftError, FileExistsError):
     """The output folder holds another run that must not be overwritten."""
 
 
+class BusyFolderError(OutputFolderError):
+    """Another process is at work in the output folder right now."""
+
+
 class MissingPackageError(MeftError, ImportError):
     """A package that only the demo needs is not installed."""
 

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from meft.errors import OutputFolderError
+from meft.errors import BusyFolderError, OutputFolderError
 from meft.storage import read_json, write_json
 
 RUN_FILE, RESULTS_FILE, _LOCK_FILE = "run.json", "results.json", ".lock"
@@ -94,12 +94,22 @@ def inspect_folder(
     )
 
 
+def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """What differs between the arguments of two runs and changes what they compute, in words.
+
+    An argument that only one of them has, from another version of Transformers, says nothing about the run.
+    """
+    common = [name for name in before if name in arguments and name not in _WITHOUT_EFFECT]
+    differing = [name for name in common if before[name] != arguments[name]]
+    return [f"{name} was {before[name]!r} and is {arguments[name]!r}" for name in differing]
+
+
 @contextmanager
 def claimed(folder: Path, state: State, arguments: Mapping[str, Any], command: str) -> Iterator[dict[str, Any]]:
     """Makes the folder this run's for as long as the block runs, and yields the content of `run.json`.
 
     Raises:
-        OutputFolderError: Another process is at work in the folder.
+        BusyFolderError: Another process is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if state == "replace":
@@ -124,12 +134,8 @@ def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resum
     run = read_json(folder / RUN_FILE)
     if RESULTS_FILE in names:
         return f"a finished run (started {run['started']})"
-    before = run["arguments"]
-    # An argument that only one version of Transformers knows says nothing about the run.
-    common = [name for name in before if name in arguments and name not in _WITHOUT_EFFECT]
-    differing = [name for name in common if before[name] != arguments[name]]
-    if differing:
-        changed = [f"{name} was {before[name]!r} and is {arguments[name]!r}" for name in differing]
+    changed = differences(run["arguments"], arguments)
+    if changed:
         return f"an unfinished run of other arguments ({'; '.join(changed)})"
     if resume == "never":
         return f"an unfinished run (started {run['started']}), and --resume is never"
@@ -154,7 +160,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputFolderError(
+            raise BusyFolderError(
                 f"output_dir is {str(folder)!r}, where another process is training right now. Wait for it or choose "
                 "another --output_dir."
             ) from None
