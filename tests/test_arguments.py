@@ -90,18 +90,26 @@ def test_bad_yaml(content: str, message: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"task": "rte", "train_file": "a"}, "--task rte stands beside --train_file; give one of the two."),
-        ({"data_dir": "a"}, "--data_dir a stands without --task; name the GLUE task, --task rte say."),
+        ({"data_dir": "a"}, "--data_dir a stands without --task; name the task, --task rte say."),
         (
             {"train_file": "a"},
-            "There is no data: give --task with a task of GLUE, or your own rows with --validation_fi",
+            "There is no data: give --task with the name of one, or your own rows with --validation_f",
         ),
         (
             {},
-            "There is no data: give --task with a task of GLUE, or your own rows with --train_file and --validation_fi",
+            "There is no data: give --task with the name of one, or your own rows with --train_file and --validation_f",
         ),
         (
             {"task": "rte", "max_eval_samples": 0},
             "max_eval_samples is 0; it must be at least 1. Leave it out for no li",
+        ),
+        (
+            {"task": "rte", "regression": True},
+            "regression is True beside --task rte; it describes your own files. Leave it out.",
+        ),
+        (
+            {"task": "sciq", "text_column": ["a"]},
+            r"text_column is \['a'\] beside --task sciq; it describes your own files. Leave it out.",
         ),
     ],
 )

@@ -387,7 +387,7 @@ class TestAdapters:
     def test_another_task_type(self, copied: Path) -> None:
         config = json.loads((copied / "adapter_config.json").read_text())
         (copied / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
-        with pytest.raises(CheckpointError, match=r"was trained for CAUSAL_LM; only SEQ_CLS adapters can be evaluated"):
+        with pytest.raises(CheckpointError, match=r"was trained for CAUSAL_LM; this task takes adapters for SEQ_CLS"):
             evaluate(copied)
 
     def test_a_checkpoint_can_be_evaluated(self, model: Path, rte: list[str], tmp_path: Path) -> None:

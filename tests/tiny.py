@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
@@ -32,13 +33,13 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 CONTEXT = 24
 
 
-def make_tokenizer(folder: Path, *, pad: bool = True) -> PreTrainedTokenizerFast:
-    """Splits at whitespace; `<s> ... </s>` around a text, `<s> ... </s> ... </s>` around a pair."""
+def make_tokenizer(folder: Path, *, pad: bool = True, end: bool = True) -> PreTrainedTokenizerFast:
+    """Splits at whitespace; `<s> ... </s>` around a text (no `end`: `<s> ...`), and a pair likewise."""
     vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        single="<s> $A </s>" if end else "<s> $A", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=CONTEXT, **names)
@@ -75,6 +76,15 @@ def make_model(folder: Path, family: str = "bert", *, head: bool = False, pad: b
     saved = model if head else getattr(model, model.base_model_prefix)
     saved.save_pretrained(folder)
     make_tokenizer(folder, pad=pad)
+    return folder
+
+
+def make_language_model(folder: Path, family: str = "opt") -> Path:
+    """Saves a random causal language model with its head, and a tokenizer that leaves the end of a text open."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(folder)
+    make_tokenizer(folder, end=False)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What every task hands to training: rows with texts and a label, and how predictions are scored."""
+"""What every task hands to training: its rows, and how predictions are scored."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ class TaskSpec:
     """The labels and metrics of a task.
 
     Attributes:
-        name: The name of a GLUE task, or `"files"` for the user's own rows.
-        labels: Label names; the label with index i in the rows is `labels[i]`. Empty for regression.
-        metrics: Names of the metrics, keys of `meft.tasks.metrics.METRICS`; the first is the main one.
+        name: The task's name, or `"files"` for the user's own rows.
+        labels: Label names; the label with index i in the rows is `labels[i]`. Empty for regression, and for
+            questions, each of which has choices of its own.
+        metrics: Names of the metrics; the first is the main one.
+        regression: Whether the label is a number to be predicted instead of a class.
     """
 
     name: str
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
-
-    @property
-    def regression(self) -> bool:
-        """Whether the label is a number to be predicted instead of a class."""
-        return not self.labels
+    regression: bool = False
 
     @property
     def outputs(self) -> int:
@@ -45,8 +43,9 @@ class TaskData:
     Attributes:
         spec: Labels and metrics.
         splits: Rows by split: `"train"`, `"validation"` (for MNLI `"validation_matched"` and
-            `"validation_mismatched"`), `"test"`. The columns are `text`, `text_pair` where there are two texts, and
-            `label` where the split has labels (an int64 index, or a float for regression).
+            `"validation_mismatched"`), `"test"`. The columns of texts to be classified are `text`, `text_pair` where
+            there are two, and `label` where the split has labels (an int64 index, or a float for regression); those of
+            questions are `prompt`, `choices` and, where it is known, `answer`, the index of the right choice.
         notes: What the user should know about the rows, in sentences.
     """
 

@@ -72,7 +72,7 @@ def load_files(files: dict[str, str | Path], options: FileOptions) -> TaskData:
     tables = {split: _Table(Path(path), split, options) for split, path in files.items()}
     labels = _label_names(tables, options)
     metrics = ("pearson", "spearman") if options.regression else ("accuracy", "f1_macro")
-    spec = TaskSpec("files", labels, metrics)
+    spec = TaskSpec("files", labels, metrics, regression=options.regression)
     return TaskData(spec, {split: table.rows(spec) for split, table in tables.items()})
 
 
@@ -81,7 +81,7 @@ class _Table:
 
     def __init__(self, path: Path, split: str, options: FileOptions) -> None:
         self.path, self.options = path, options
-        numbered = list(_read(require_file(path, f"the {split} file")))
+        numbered = list(read_rows(require_file(path, f"the {split} file")))
         if not numbered:
             raise DataError(f"{path} has no rows. Give a file with at least one row.")
         self.lines = [line for line, _ in numbered]
@@ -177,8 +177,12 @@ def _as_number(label: str) -> float | None:
     return number if abs(number) < float("inf") else None
 
 
-def _read(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line numbers (from 1) and rows."""
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers (from 1) and rows of a file with one of `SUFFIXES`.
+
+    Raises:
+        DataError: The file has another suffix, or a line of it is malformed.
+    """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -116,7 +116,7 @@ def glue_spec(name: str, labels: Sequence[str] | None = None) -> TaskSpec:
         ConfigError: There is no such task.
     """
     task = _task(name)
-    return TaskSpec(name, tuple(labels) if labels else task.labels, task.metrics)
+    return TaskSpec(name, tuple(labels) if labels else task.labels, task.metrics, regression=not task.labels)
 
 
 def load_glue(

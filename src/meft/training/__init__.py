@@ -5,38 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, EvalPrediction
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft import results
 from meft.errors import ConfigError
 from meft.methods import check_method, count_parameters
-from meft.storage import publish_files, read_json, remove_leftovers, staged, write_json
+from meft.storage import publish_files, remove_leftovers, staged, write_json
 from meft.tasks import TaskSpec
-from meft.tasks.metrics import score
-from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments
+from meft.training.arguments import (
+    DataArguments,
+    MeftArguments,
+    ModelArguments,
+    RunArguments,
+    TrainerArguments,
+    flat,
+)
+from meft.training.before import REFERENCE, CostsBeforeTraining
 from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
-from meft.training.costs import StepCosts, measure_costs
+from meft.training.costs import StepCosts
+from meft.training.kinds.base import Say
 from meft.training.loading import ADAPTER_CONFIG
-from meft.training.preparation import TASK_FILE, Prepared, Say, prepare_training
+from meft.training.preparation import TASK_FILE, Prepared, prepare_training
 from meft.training.runs import RESULTS_FILE, claimed, inspect_folder, now
+from meft.training.selection import EarlyStopping, check_early_stopping, check_metric
+from meft.training.sharing import share_batch
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
-COSTS_FILE = "costs.json"
-REFERENCE = "full"
 # A folder without its configuration loads as nothing, so that is published after the weights.
 _PUBLISHED_LAST = ("config.json", ADAPTER_CONFIG)
 _EVALUATED_ALIKE = {
     ModelArguments: {"config_name", "revision", "trust_remote_code", "dtype", "attn_implementation"},
     DataArguments: {field.name for field in fields(DataArguments)}
-    - {"labels", "num_labels", "max_train_samples", "preprocessing_num_workers"},
+    - {"labels", "num_labels", "max_train_samples", "preprocessing_num_workers", "augment"},
     TrainerArguments: {"per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"},
 }
 _PATHS = {"data_dir", "train_file", "validation_file", "test_file", "config_name"}
@@ -73,12 +78,14 @@ def train(
     check_method(meft_arguments.method, meft_arguments.options())
     if run_arguments.measure_steps < 0:
         raise ConfigError(f"measure_steps is {run_arguments.measure_steps}; it must be 0 (nothing) or more.")
+    check_early_stopping(run_arguments.early_stopping_patience, trainer_arguments)
+    share_batch(run_arguments.total_train_batch_size, trainer_arguments)
     if not trainer_arguments.output_dir_given:
         trainer_arguments.output_dir = str(Path("runs", f"{data_arguments.task or 'files'}-{meft_arguments.method}"))
     folder = Path(trainer_arguments.output_dir or "")
     if not trainer_arguments.should_save:
         say = _nothing
-    arguments = _flat(model_arguments, data_arguments, meft_arguments, run_arguments, trainer_arguments)
+    arguments = flat(model_arguments, data_arguments, meft_arguments, run_arguments, trainer_arguments)
     state = inspect_folder(folder, arguments, resume=run_arguments.resume, overwrite=run_arguments.overwrite_run)
     prepared = prepare_training(
         model_arguments,
@@ -88,6 +95,7 @@ def train(
         deterministic=trainer_arguments.full_determinism,
         say=say,
     )
+    check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
     record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
@@ -97,15 +105,19 @@ def train(
             remove_leftovers(folder)
         _wait_for_others(trainer_arguments)
         steps = run_arguments.measure_steps
-        costs = _Costs(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
+        costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
         trainer = build_trainer(
             prepared,
             trainer_arguments,
+            patience=run_arguments.early_stopping_patience,
             before_training=costs,
             extra_files=lambda place: write_json(place / TASK_FILE, record),
         )
         start = _checkpoint(folder, trainer_arguments, say)
         trainer.train_or_restore(start)
+        if trainer.stopped_early:
+            metric, reached = trainer_arguments.metric_for_best_model, trainer.state
+            say(f"Stopped after step {reached.global_step}: {metric} was best at step {reached.best_global_step}.")
         metrics = metrics_of(trainer)
         _save_final(trainer, prepared, folder, record)
         found = {
@@ -131,25 +143,36 @@ def build_trainer(
     arguments: TrainerArguments,
     *,
     split: str = "validation",
+    patience: int | None = None,
     before_training: Callable[[nn.Module], None] | None = None,
     extra_files: Callable[[Path], None] | None = None,
 ) -> CheckpointingTrainer:
     """The Trainer for training on `train` and evaluating on `split`, as far as there are such rows."""
     arguments.label_names = ["labels"]
+    if prepared.kind.keep_columns:
+        arguments.remove_unused_columns = False
     if not torch.cuda.is_available():
         arguments.dataloader_pin_memory = False  # PyTorch would warn that there is nothing to pin for
-    evaluation = prepared.evaluation(split)
-    return CheckpointingTrainer(
+    evaluation, collator = prepared.evaluation(split), prepared.collator
+    trainer = CheckpointingTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.splits.get("train"),
         eval_dataset=evaluation[""] if set(evaluation) == {""} else evaluation,
-        data_collator=DataCollatorWithPadding(prepared.tokenizer),
-        compute_metrics=partial(_compute_metrics, spec=prepared.spec),
-        preprocess_logits_for_metrics=_first,
+        data_collator=collator,
+        callbacks=[*prepared.kind.callbacks(collator), *([EarlyStopping(patience)] if patience else [])],
+        **prepared.kind.trainer_options(prepared.spec),
+        scorer=prepared.scorer(
+            split, batch_size=arguments.per_device_eval_batch_size, quiet=bool(arguments.disable_tqdm)
+        ),
         before_training=before_training,
         extra_files=extra_files,
     )
+    if prepared.kind.task_type != "CAUSAL_LM":
+        # Their loss is a mean over rows. As these models accept any argument, the Trainer takes it for one over the
+        # items of all processes and batches, and would multiply it by the number of processes and batches.
+        trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def metrics_of(trainer: CheckpointingTrainer) -> dict[str, float | None]:
@@ -158,47 +181,6 @@ def metrics_of(trainer: CheckpointingTrainer) -> dict[str, float | None]:
     left_out = ("epoch", "runtime", "samples_per_second", "steps_per_second", "preparation_time")
     names = sorted((name for name in found if not name.endswith(left_out)), key=lambda name: name.endswith("loss"))
     return results.without_nan({name: found[name] for name in names})
-
-
-class _Costs:
-    """Measures a step once the Trainer has the model ready, and keeps what it found for a resumed run."""
-
-    def __init__(
-        self, folder: Path, prepared: Prepared, method: str, steps: int, arguments: TrainerArguments, say: Say
-    ) -> None:
-        self.prepared, self.method, self.steps, self.arguments, self.say = prepared, method, steps, arguments, say
-        self.file = folder / COSTS_FILE
-        self.found = StepCosts(**read_json(self.file)) if self.file.is_file() else None
-
-    def __call__(self, model: nn.Module) -> None:
-        if self.found is None and self.steps and self.arguments.should_save:
-            self.found = self._measure(model)
-            write_json(self.file, asdict(self.found))
-
-    def _measure(self, model: nn.Module) -> StepCosts:
-        args = self.arguments
-        rows = self.prepared.splits["train"]
-        size = min(args.per_device_train_batch_size, len(rows))
-        batch = DataCollatorWithPadding(self.prepared.tokenizer)([rows[index] for index in range(size)])
-        build = self.prepared.reference if self.method != REFERENCE else None
-        beside = "" if build is None else f" beside {REFERENCE} fine-tuning"
-        self.say(f"Measuring {self.steps} steps{beside} before training; --measure_steps 0 leaves this out.")
-        found = measure_costs(
-            model,
-            {name: value.to(args.device) for name, value in batch.items()},
-            steps=self.steps,
-            reference=None if build is None else lambda: build().to(args.device),
-            reference_name=REFERENCE,
-            autocast=partial(
-                torch.autocast,
-                args.device.type,
-                dtype=torch.float16 if args.fp16 else torch.bfloat16,
-                enabled=args.fp16 or args.bf16,
-            ),
-        )
-        if build is not None and found.reference is None:
-            self.say(f"{REFERENCE} fine-tuning does not fit into the memory of {args.device}: there is no time ratio.")
-        return found
 
 
 def _wait_for_others(arguments: TrainerArguments) -> None:
@@ -229,7 +211,7 @@ def _save_final(trainer: CheckpointingTrainer, prepared: Prepared, folder: Path,
     with staged(folder, "final") as staging:
         trainer.save_model(str(staging))
         (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; results.json has the arguments
-        prepared.tokenizer.save_pretrained(staging)
+        prepared.processor.save_pretrained(staging)
         write_json(staging / TASK_FILE, record)
         publish_files(staging, folder, last=_PUBLISHED_LAST)
 
@@ -252,7 +234,10 @@ def _figures(
         "step_time_ratio_to": None if ratio is None else REFERENCE,
         "costs": None if costs is None else asdict(costs),
         "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "stopped_early": trainer.stopped_early,
         "truncated_rows": dict(prepared.truncated),
+        "skipped_rows": dict(prepared.skipped),
         "rows": {split: len(rows) for split, rows in prepared.splits.items()},
     }
 
@@ -268,22 +253,3 @@ def _task_record(
         path = Path(arguments[name])
         arguments[name] = str(path.resolve()) if path.exists() else arguments[name]
     return {"labels": list(spec.labels), "arguments": arguments}
-
-
-def _flat(*groups: Any) -> dict[str, Any]:
-    """All arguments by name, as JSON has them."""
-    flat: dict[str, Any] = {}
-    for group in groups:
-        flat |= group.to_dict() if isinstance(group, TrainerArguments) else asdict(group)
-    plain = (bool, int, float, list, dict, type(None))
-    return {name: value if isinstance(value, plain) else str(value) for name, value in flat.items()}
-
-
-def _compute_metrics(prediction: EvalPrediction, spec: TaskSpec) -> dict[str, float]:
-    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids).reshape(-1)
-    return score(logits, labels, spec.metrics, spec.regression)
-
-
-def _first(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Of what a model returns beside its loss only the logits: BART adds its encoder's states."""
-    return logits[0] if isinstance(logits, (tuple, list)) else logits

@@ -10,7 +10,7 @@ import json
 import re
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from meft.errors import ConfigError
 from meft.methods import MethodOptions
-from meft.tasks import FileOptions
+from meft.tasks import GLUE_TASKS, IMAGE_TASKS, QUESTION_TASKS, FileOptions
 
 
 def _option(help_text: str, default: Any = None) -> Any:
@@ -50,12 +50,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The task: one of GLUE's, or the user's own files."""
+    """The task: one known by name, or the user's own files."""
 
     _argument_group_name = "data"
 
-    task: str | None = _option("A task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
-    data_dir: str | None = _option("The task's official folder or its parent. Left out: GLUE from the hub.")
+    task: str | None = _option(
+        f"A task of GLUE ({', '.join(GLUE_TASKS)}), questions with choices ({', '.join(QUESTION_TASKS)}) or images "
+        f"({', '.join(IMAGE_TASKS)})."
+    )
+    data_dir: str | None = _option("The task's official folder or a parent of it. Left out: the task from the hub.")
     train_file: str | None = _option("Your own training rows: .csv, .tsv (read without quoting) or .jsonl.")
     validation_file: str | None = _option("Your own validation rows.")
     test_file: str | None = _option("Your own test rows; labels are optional.")
@@ -69,9 +72,20 @@ class DataArguments:
     )
     num_labels: int | None = _option("Your labels are the numbers 0 to num_labels - 1.")
     regression: bool = _option("Your labels are numbers to be predicted, not classes.", False)
-    max_seq_length: int | None = _option("Longer texts are cut to this many tokens. Left out: what the model takes.")
-    max_train_samples: int | None = _option("Train on the first this many rows only.")
-    max_eval_samples: int | None = _option("Evaluate on the first this many rows only.")
+    max_seq_length: int | None = _option(
+        "Longer texts are cut to this many tokens, longer questions are left out of training. Left out: what the model "
+        "takes."
+    )
+    validation_share: float | None = _option(
+        "Images: hold out this share of every class's training rows for validation. 0.1 is a tenth."
+    )
+    augment: Literal["all", "move", "none"] = _option(
+        "Random changes to training images: all moves and mirrors them (SVHN's digits are not mirrored), move only "
+        "moves them.",
+        "all",
+    )
+    max_train_samples: int | None = _option("Train on the first this many rows only; of images, on a fixed choice.")
+    max_eval_samples: int | None = _option("Evaluate on the first this many rows only; of images, on a fixed choice.")
     preprocessing_num_workers: int | None = _option("Processes to tokenize with.")
 
     def file_options(self, labels: Sequence[str] | None = None) -> FileOptions:
@@ -98,11 +112,23 @@ class DataArguments:
         if self.task and given:
             raise ConfigError(f"--task {self.task} stands beside {', '.join(given)}; give one of the two.")
         if not self.task and self.data_dir:
-            raise ConfigError(f"--data_dir {self.data_dir} stands without --task; name the GLUE task, --task rte say.")
+            raise ConfigError(f"--data_dir {self.data_dir} stands without --task; name the task, --task rte say.")
+        for name in _OWN_FILES if self.task else ():
+            if getattr(self, name) != getattr(DataArguments(), name):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r} beside --task {self.task}; it describes your own files. Leave "
+                    "it out."
+                )
+        if self.task not in IMAGE_TASKS and (self.validation_share is not None or self.augment != "all"):
+            name = "augment" if self.validation_share is None else "validation_share"
+            raise ConfigError(
+                f"{name} is {getattr(self, name)}; it belongs to the image tasks ({', '.join(IMAGE_TASKS)}). Leave "
+                f"--{name} out."
+            )
         missing = [f"--{split}_file" for split in splits if not files[split]]
         if not self.task and missing:
             raise ConfigError(
-                f"There is no data: give --task with a task of GLUE, or your own rows with {' and '.join(missing)}."
+                f"There is no data: give --task with the name of one, or your own rows with {' and '.join(missing)}."
             )
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
@@ -116,7 +142,7 @@ class MeftArguments:
 
     _argument_group_name = "method"
 
-    method: str = _option("full, lora, adapter, meft1, meft2, meft3 or momentum.", "meft1")
+    method: str = _option("full, lora, ia3, bitfit, adapter, meft1, meft2, meft3 or momentum.", "meft1")
     bottleneck_dim: int = _option("Width of the bottleneck adapters.", 8)
     lora_rank: int = _option("Rank of LoRA's updates.", 8)
     lora_alpha: int = _option("LoRA scales its update by lora_alpha / lora_rank.", 16)
@@ -134,6 +160,9 @@ class MeftArguments:
     anchor_every: int | None = _option("Keep the streams every so many layers, for kernels that do not repeat.")
     granularity: Literal["layer", "block"] | None = _option(
         "block couples attention and feed-forward in turn (momentum)."
+    )
+    sign: Literal["fixed", "random"] | None = _option(
+        "random draws the sign of gamma in training, for the plain model's sake (momentum). Left out: fixed."
     )
     tile_size: int | None = _option(
         "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
@@ -170,6 +199,13 @@ class RunArguments:
         "0 measures nothing.",
         5,
     )
+    total_train_batch_size: int | None = _option(
+        "Rows of one step of the optimizer over all processes and accumulated batches; gradient_accumulation_steps "
+        "follows from it, so that a recipe means the same on any number of processes."
+    )
+    early_stopping_patience: int | None = _option(
+        "Stop after this many evaluations in a row without progress in metric_for_best_model. Left out: never."
+    )
 
 
 @dataclass
@@ -194,6 +230,8 @@ class TrainerArguments(TrainingArguments):
         super().__post_init__()
 
 
+# Options that mean nothing beside --task.
+_OWN_FILES = ("text_column", "label_column", "num_labels", "regression")
 _BOOL = "tag:yaml.org,2002:bool"
 # Every --long_name may also be written --long-name, which argparse adds to its messages.
 _ALIAS = re.compile(r"(?<=\w)/--[\w-]+")
@@ -235,11 +273,11 @@ def parse(
     words = list(argv)
     from_file: list[str] = []
     if words and not words[0].startswith("-"):
-        from_file = _as_words(_read_mapping(Path(words[0])), types, words[0])
+        from_file = as_words(read_mapping(Path(words[0])), types, words[0])
         words = words[1:]
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
-            [*_as_words(defaults or {}, types, "defaults"), *from_file, *words],
+            [*as_words(defaults or {}, types, "defaults"), *from_file, *words],
             return_remaining_strings=True,
             look_for_args_file=False,
         )
@@ -254,6 +292,15 @@ def parse(
     return tuple(parsed)
 
 
+def flat(*groups: Any) -> dict[str, Any]:
+    """All arguments by name, as JSON has them."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= group.to_dict() if isinstance(group, TrainerArguments) else asdict(group)
+    plain = (bool, int, float, list, dict, type(None))
+    return {name: value if isinstance(value, plain) else str(value) for name, value in found.items()}
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML, where `save_strategy: no` is the word that it looks like: only true and false are booleans."""
 
@@ -266,7 +313,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(_BOOL, re.compile("true|True|false|False"), list("tTfF"))
 
 
-def _read_mapping(path: Path) -> Mapping[str, Any]:
+def read_mapping(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} is no file. Arguments are given as --name value, or in a YAML or JSON file.")
     try:
@@ -278,7 +325,7 @@ def _read_mapping(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> list[str]:
+def as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> list[str]:
     known = {name.name for kind in types for name in fields(kind) if name.init}
     words: list[str] = []
     for key, value in values.items():

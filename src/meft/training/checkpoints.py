@@ -15,13 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from meft.errors import CheckpointError
 from meft.storage import STAGING_PREFIX, publish_folder, read_json, staged, write_json
 from meft.training.loading import quiet_transformers
+from meft.training.selection import EarlyStopping
 
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -83,6 +85,7 @@ class CheckpointingTrainer(Trainer):
     Args:
         before_training: Called with the model when it is ready for its first step, before the Trainer's clock starts.
         extra_files: Called with the folder of every checkpoint, to write files of the run's own into it.
+        scorer: Scores the model at every evaluation, beside `compute_metrics`; returns metrics by name.
         *args: As for `transformers.Trainer`.
         **kwargs: As for `transformers.Trainer`.
     """
@@ -92,15 +95,17 @@ class CheckpointingTrainer(Trainer):
         *args: Any,
         before_training: Callable[[Any], None] | None = None,
         extra_files: Callable[[Path], None] | None = None,
+        scorer: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._before_training = before_training
         self._extra_files = extra_files
+        self._scorer = scorer
         self._staging: Path | None = None
 
     def train_or_restore(self, checkpoint: Path | None) -> None:
-        """Trains from `checkpoint` on; one that stands at the last step is only loaded.
+        """Trains from `checkpoint` on; one that stands at the last step, or where training stopped, is only loaded.
 
         The Trainer's loop, given such a checkpoint, would train one step more in the middle of an epoch.
         """
@@ -108,7 +113,8 @@ class CheckpointingTrainer(Trainer):
             self.train()
             return
         state = TrainerState.load_from_json(os.fspath(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < state.max_steps:
+        stopped = any([callback.restore(state) for callback in self._stoppers])
+        if state.global_step < state.max_steps and not stopped:
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state
@@ -116,16 +122,62 @@ class CheckpointingTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether training stopped for want of progress before its last step."""
+        return self.state.global_step < self.state.max_steps and any(callback.stopped for callback in self._stoppers)
+
+    @property
+    def _stoppers(self) -> list[EarlyStopping]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStopping)]
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._before_training is not None:
             self._before_training(self.model)
         return prepared
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with what the scorer finds among the metrics, so that it can choose the best checkpoint."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._scorer is None or metric_key_prefix != "eval":
+            return output
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self._scorer(self.model).items()}
+        return output._replace(metrics={**(output.metrics or {}), **scores})
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, without a progress bar of its own inside that of the training."""
         with quiet_transformers():
             super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_whole_model(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_whole_model(Path(self.state.best_model_checkpoint or "")):
+            super()._load_best_model()
+
+    def _load_whole_model(self, checkpoint: Path) -> bool:
+        """Loads a model that was saved whole, as `from_pretrained` does; `False` for whatever is saved otherwise.
+
+        The Trainer compares the names of weights as they are. But some models, ViT for one, are saved under the names
+        that they had in Transformers 4: it would load none of their weights and go on with a warning.
+        """
+        model = self.model
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        with quiet_transformers():
+            saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return True
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

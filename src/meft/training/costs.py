@@ -24,7 +24,8 @@ class StepCosts:
     """The costs of a forward and backward pass over one batch; the optimizer is not part of it.
 
     Attributes:
-        rows, tokens: Shape of the batch.
+        rows: How many rows the batch has.
+        tokens: How long they are, padding included; `None` for inputs that are no tokens.
         steps: How many steps the times are medians of.
         peak_activation_bytes: Peak live bytes above what was live before, gradients of the weights left out.
         step_seconds: Median time of a step.
@@ -35,7 +36,7 @@ class StepCosts:
     """
 
     rows: int
-    tokens: int
+    tokens: int | None
     steps: int
     peak_activation_bytes: int
     step_seconds: float
@@ -82,7 +83,8 @@ def measure_costs(
         times = [[stepper.seconds() for stepper in steppers] for _ in range(steps)]
     seconds = [median(each) for each in zip(*times, strict=True)]
     ours, theirs = peaks[0], peaks[1] if len(peaks) > 1 else None
-    rows, tokens = batch["input_ids"].shape
+    rows = len(batch["labels"])
+    tokens = batch["input_ids"].shape[1] if "input_ids" in batch else None
     return StepCosts(
         rows,
         tokens,

@@ -6,17 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from meft import results
-from meft.errors import DataError
 from meft.storage import write_json, write_text
-from meft.tasks.base import LABEL
-from meft.tasks.metrics import predictions_of
 from meft.training import build_trainer, metrics_of
 from meft.training.arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
 from meft.training.checkpoints import CheckpointingTrainer
-from meft.training.preparation import Prepared, Say, prepare_evaluation, read_task_file
+from meft.training.kinds.base import Say
+from meft.training.preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
 
 EVALUATE_TYPES = (ModelArguments, DataArguments, EvaluationArguments, TrainerArguments)
 _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")
@@ -58,18 +54,14 @@ def evaluate(
     split = evaluation_arguments.split
     base = evaluation_arguments.base_model_name_or_path
     prepared = prepare_evaluation(model_arguments, data_arguments, split, base=base, say=say)
-    labelled = all(LABEL in rows.column_names for rows in prepared.splits.values())
-    if not labelled and not evaluation_arguments.predictions_file:
-        raise DataError(
-            f"The {split} rows have no labels, so they cannot be scored. Give rows that have some, or "
-            "--predictions_file to write the predictions instead."
-        )
+    if not evaluation_arguments.predictions_file:
+        check_labelled(prepared.unlabelled, hint=", or --predictions_file to write the predictions instead")
     with tempfile.TemporaryDirectory() as scratch:
         trainer_arguments.output_dir = scratch  # the Trainer makes this folder even when it writes nothing
         trainer = build_trainer(prepared, trainer_arguments, split=split)
+        metrics = {} if prepared.unlabelled else metrics_of(trainer)
         if evaluation_arguments.predictions_file:
             _write_predictions(trainer, prepared, split, Path(evaluation_arguments.predictions_file))
-        metrics = metrics_of(trainer) if labelled else {}
     if evaluation_arguments.results_file:
         found = {
             "model": model_arguments.model_name_or_path,
@@ -86,9 +78,8 @@ def evaluate(
 def _write_predictions(trainer: CheckpointingTrainer, prepared: Prepared, split: str, path: Path) -> None:
     """Writes `index` and `prediction` columns, the layout that GLUE's server takes; MNLI gets one file a set."""
     for suffix, rows in prepared.evaluation(split).items():
-        logits = trainer.predict(rows.remove_columns([LABEL] if LABEL in rows.column_names else [])).predictions
-        predicted = predictions_of(np.asarray(logits), prepared.spec.regression)
-        names = [f"{value:.6g}" if prepared.spec.regression else prepared.spec.labels[value] for value in predicted]
-        lines = ["index\tprediction", *(f"{index}\t{name}" for index, name in enumerate(names))]
+        questions = prepared.questions.get(f"{split}_{suffix}" if suffix else split)
+        predictions = prepared.kind.predict(trainer, prepared.processor, prepared.spec, rows, questions)
+        lines = ["index\tprediction", *(f"{index}\t{name}" for index, name in enumerate(predictions))]
         place = path.with_stem(f"{path.stem}-{suffix}") if suffix else path
         write_text(place, "\n".join(lines) + "\n")

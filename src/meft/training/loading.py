@@ -17,22 +17,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+# Transformers 5.17 exports the name from its root only beside torchvision, which this class can do without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
 from meft.storage import check_safetensors
-from meft.tasks import TaskSpec
 from meft.training.arguments import ModelArguments
 
 ADAPTER_CONFIG = "adapter_config.json"
-# PEFT trains these heads of its own accord.
-_PEFT_HEADS = ("classifier", "score")
 # Names on the hub have one slash at most and begin with a letter or a digit.
 _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
 # Tokenizers that know no limit report a number beyond any model's.
@@ -41,11 +41,21 @@ _NO_LIMIT = 10**6
 
 def is_adapter(path: str) -> bool:
     """Whether `path` is a local folder with a PEFT adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return has_file(path, ADAPTER_CONFIG)
 
 
-def load_config(arguments: ModelArguments, name: str) -> PretrainedConfig:
+def has_file(path: str, name: str) -> bool:
+    """Whether `path` is a local folder with a file of that name."""
+    return (Path(path) / name).is_file()
+
+
+def load_config(arguments: ModelArguments, name: str, what: str | None = None) -> PretrainedConfig:
     """Loads the configuration of the model called `name`, a folder or a name on the hub.
+
+    Args:
+        arguments: What the user said about the model.
+        name: Its folder or its name on the hub.
+        what: What the model is for, in messages.
 
     Raises:
         CheckpointError: There is no such folder, or its configuration cannot be read.
@@ -56,7 +66,7 @@ def load_config(arguments: ModelArguments, name: str) -> PretrainedConfig:
         raise CheckpointError(
             f"{name}, where the model should be, {what}. Give a model's folder or its name on the hub."
         )
-    with _loading(name):
+    with _loading(name, what):
         return AutoConfig.from_pretrained(arguments.config_name or name, **_hub_options(arguments))
 
 
@@ -74,47 +84,60 @@ def load_tokenizer(arguments: ModelArguments, name: str) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def load_image_processor(arguments: ModelArguments, name: str) -> BaseImageProcessor:
+    """Loads the image processor, the one that computes with Pillow and NumPy and gives the same pixels everywhere.
+
+    Raises:
+        CheckpointError: The model has none.
+        UnsupportedModelError: There is no such image processor without torchvision.
+    """
+    with _loading(name, "images"):
+        return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub_options(arguments))
+
+
 def load_model(
-    arguments: ModelArguments, name: str, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase
+    arguments: ModelArguments, name: str, config: PretrainedConfig, auto_model: Any, what: str
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Loads a model for sequence classification.
+    """Loads a model with its head.
 
     Args:
         arguments: What the user said about the model.
         name: Its folder or its name on the hub.
-        spec: The task: as many outputs as it needs, named by its labels.
-        tokenizer: Its padding token is made the model's.
+        config: Its configuration, changed to what the task needs.
+        auto_model: The Auto class of Transformers that knows the head.
+        what: What the model is for, in messages.
 
     Returns:
         The model and the modules that its checkpoint has no weights for, which start at random.
 
     Raises:
         CheckpointError: A file is missing, truncated or damaged, or its tensors have other sizes.
-        UnsupportedModelError: There is no such model for sequence classification.
-        ConfigError: The tokenizer knows more tokens than the model.
+        UnsupportedModelError: There is no such model with that head.
     """
-    config = load_config(arguments, name)
-    config.num_labels = spec.outputs
-    config.problem_type = "regression" if spec.regression else "single_label_classification"
-    if not spec.regression:
-        config.id2label = dict(enumerate(spec.labels))
-        config.label2id = {label: index for index, label in enumerate(spec.labels)}
-    config.pad_token_id = tokenizer.pad_token_id
     options: dict[str, Any] = {"dtype": arguments.dtype, "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     _check_weights(Path(name))
-    with _loading(name):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+    with _loading(name, what):
+        model, info = auto_model.from_pretrained(
             name, config=config, output_loading_info=True, **options, **_hub_options(arguments)
         )
-    embedded = model.get_input_embeddings().weight.shape[0]
+    return model, _new_modules(model, info)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a tokenizer that knows more tokens than the model called `name`.
+
+    Raises:
+        ConfigError: It does.
+    """
+    weight: Any = model.get_input_embeddings().weight
+    embedded = len(weight)
     if len(tokenizer) > embedded:
         raise ConfigError(
             f"The tokenizer knows {len(tokenizer)} tokens and {name} only {embedded}, so they do not belong together. "
             "Give the model's own with --tokenizer_name."
         )
-    return model, _new_modules(model, info)
 
 
 def load_adapter(model: PreTrainedModel, path: str, base: str) -> peft.PeftModel:
@@ -150,32 +173,38 @@ def check_trained(name: str, new_modules: Sequence[str]) -> None:
         )
 
 
-def load_adapter_config(path: str) -> peft.PeftConfig:
+def load_adapter_config(path: str, task_type: str | None) -> peft.PeftConfig:
     """Reads what an adapter says about itself.
 
     Raises:
-        CheckpointError: It cannot be read, or was not trained for sequence classification.
+        CheckpointError: It cannot be read, or was trained for another type of task than PEFT's `task_type`.
     """
     try:
         config = peft.PeftConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}/{ADAPTER_CONFIG} cannot be read: {error}. Copy the adapter again.") from error
-    if config.task_type != "SEQ_CLS":
+    if config.task_type != task_type:
         raise CheckpointError(
-            f"The adapter in {path} was trained for {config.task_type}; only SEQ_CLS adapters can be evaluated here."
+            f"The adapter in {path} was trained for {config.task_type}; this task takes adapters for {task_type}. "
+            "Give the --task that it was trained on."
         )
     return config
 
 
-def heads_to_save(model: PreTrainedModel, new_modules: Sequence[str]) -> tuple[str, ...]:
+def heads_to_save(model: PreTrainedModel, new_modules: Sequence[str], known: Sequence[str] = ()) -> tuple[str, ...]:
     """The modules that must be trained and saved beside an adapter, but for those that PEFT knows of.
 
     These are the task head (BART calls it `classification_head`) and whatever started at random: left out of the
     adapter's file, a pooler that the checkpoint lacked would be another one after loading.
+
+    Args:
+        model: The model before its method is applied.
+        new_modules: The modules that started at random.
+        known: The heads that PEFT trains and saves of its own accord.
     """
     heads = {name for name, child in model.named_children() if name != model.base_model_prefix and _has_weights(child)}
     inner = {name for name in new_modules if name.split(".")[0] not in heads}
-    return tuple(sorted(heads - set(_PEFT_HEADS)) + sorted(inner))
+    return tuple(sorted(heads - set(known)) + sorted(inner))
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
@@ -184,13 +213,18 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
     Raises:
         ConfigError: More are wanted than the model takes, or neither model nor tokenizer knows a limit.
     """
-    limits = [limit for limit in (tokenizer.model_max_length, _positions(model)) if limit and limit < _NO_LIMIT]
-    longest = min(limits, default=None)
+    longest = longest_input(model, tokenizer)
     if wanted is not None and longest is not None and wanted > longest:
         raise ConfigError(f"max_seq_length is {wanted}; this model takes at most {longest} tokens.")
     if wanted is None and longest is None:
         raise ConfigError("This model has no limit to the length of its input. Give one with --max_seq_length.")
     return wanted or longest or 0
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens the model takes; `None` where neither it nor its tokenizer knows a limit."""
+    limits = [limit for limit in (tokenizer.model_max_length, _positions(model)) if limit and limit < _NO_LIMIT]
+    return min(limits, default=None)
 
 
 def absolute(name: str) -> str:
@@ -213,7 +247,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, what: str | None = None) -> Iterator[None]:
     """Turns what Transformers, PEFT and safetensors raise into errors of `meft`."""
     try:
         with quiet_transformers():
@@ -236,9 +270,9 @@ def _loading(name: str) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         if isinstance(error, (ConfigError, UnsupportedModelError)):
             raise
+        kind = f"model for {what}" if what else "model"
         raise UnsupportedModelError(
-            f"{name} is no model for sequence classification that Transformers {transformers.__version__} can load: "
-            f"{_first_line(error)}"
+            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {_first_line(error)}"
         ) from error
 
 
