@@ -93,7 +93,13 @@ def test_modules_to_save_are_trained_beside_the_head() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("meft4", {}, "method is 'meft4'; it must be one of full, lora, adapter, meft1, meft2, meft3, momentum."),
+        (
+            "meft4",
+            {},
+            "method is 'meft4'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum.",
+        ),
+        ("ia3", {"frozen_layers": 1}, "frozen_layers is 1, but method 'ia3' has no such option; it belongs to adapter"),
+        ("bitfit", {"arithmetic": "exact"}, "arithmetic is 'exact', but method 'bitfit' has no such option; it "),
         (
             "lora",
             {"gamma": 0.25},

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import peft
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from meft.baselines import ia3_config, linear_layers_pattern, train_biases
 from meft.config import MeftConfig
-from meft.convert import find_stacks
 from meft.errors import ConfigError
 
 COUPLED_METHODS = ("meft1", "meft2", "meft3", "momentum")
-METHODS = ("full", "lora", "adapter", *COUPLED_METHODS)
+# These leave the layers as they are, so that a coupling can be put under them by `meft.make_reversible`.
+PLAIN_METHODS = ("full", "lora", "ia3", "bitfit")
+METHODS = (*PLAIN_METHODS, "adapter", *COUPLED_METHODS)
 
 # Options that mean something to some methods only. One that is set for another method is refused rather than
 # silently dropped: the run would not be the run that its arguments describe.
@@ -32,6 +32,7 @@ _APPLIES_TO: dict[str, tuple[str, ...]] = {
     "beta": ("meft1", "meft2", "meft3"),
     "gamma": ("momentum",),
     "granularity": ("momentum",),
+    "sign": ("momentum",),
     "tile_size": ("meft3", "momentum"),
     "frozen_layers": ("adapter", *COUPLED_METHODS),
     "stacks": ("adapter", *COUPLED_METHODS),
@@ -52,8 +53,9 @@ class MethodOptions:
         lora_alpha: LoRA scales its update by `lora_alpha / lora_rank`.
         lora_dropout: Dropout probability on the input of the LoRA updates.
         lam, beta, gamma, output, arithmetic, backward, fraction_bits, frozen_layers, cached_layers,
-            drift_tolerance, anchor_every, granularity, tile_size, stacks, feedforward_module: As in `MeftConfig`.
+            drift_tolerance, anchor_every, granularity, sign, tile_size, stacks, feedforward_module: As in `MeftConfig`.
         modules_to_save: Names of modules trained in full and saved beside the adapter. `None`: the task head.
+            `bitfit` trains them besides the biases; what it saves is the whole model in any case.
     """
 
     bottleneck_dim: int = 8
@@ -72,6 +74,7 @@ class MethodOptions:
     drift_tolerance: float | None = None
     anchor_every: int | None = None
     granularity: Literal["layer", "block"] | None = None
+    sign: Literal["fixed", "random"] | None = None
     tile_size: int | None = None
     stacks: tuple[str, ...] | None = None
     feedforward_module: str | None = None
@@ -101,7 +104,7 @@ def check_method(method: str, options: MethodOptions) -> None:
         )
 
 
-def apply_method(model: PreTrainedModel, method: str, *, task_type: str, **options: Any) -> nn.Module:
+def apply_method(model: PreTrainedModel, method: str, *, task_type: str | None, **options: Any) -> nn.Module:
     """Makes `model` trainable by `method`; the model passed in is changed.
 
     Example:
@@ -112,16 +115,18 @@ def apply_method(model: PreTrainedModel, method: str, *, task_type: str, **optio
     Args:
         model: A Transformers model with its task head.
         method: `"full"` (every parameter), `"lora"` (PEFT's LoRA on all linear layers of the transformer
-            layers), `"adapter"` (the adapters of `meft` on the ordinary layers), or a coupling.
+            layers), `"ia3"` (PEFT's (IA)3 on keys, values and feed-forwards), `"bitfit"` (all biases and the task
+            head), `"adapter"` (the adapters of `meft` on the ordinary layers), or a coupling.
         task_type: PEFT's task type, `"SEQ_CLS"` for example; it decides which head is trained in full.
         **options: The fields of `MethodOptions`.
 
     Returns:
-        For `"full"` the model itself, otherwise the `PeftModel` around it.
+        For `"full"` and `"bitfit"` the model itself, which is saved whole as any model is; otherwise the `PeftModel`
+        around it.
 
     Raises:
         ConfigError: The method or an option is unknown, or the option does not belong to the method.
-        UnsupportedModelError: The model has no stack of transformer layers.
+        UnsupportedModelError: The model has no stack of transformer layers, or lacks what the method trains.
     """
     known = [field.name for field in fields(MethodOptions)]
     unknown = sorted(set(options) - set(known))
@@ -131,8 +136,9 @@ def apply_method(model: PreTrainedModel, method: str, *, task_type: str, **optio
     check_method(method, chosen)
     if method == "full":
         return model.requires_grad_(True)
-    config = _lora_config(model, task_type, chosen) if method == "lora" else _meft_config(method, task_type, chosen)
-    return peft.get_peft_model(model, config)
+    if method == "bitfit":
+        return train_biases(model, task_type, chosen.modules_to_save)
+    return peft.get_peft_model(model, _peft_config(model, method, task_type, chosen))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -145,7 +151,15 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _meft_config(method: str, task_type: str, options: MethodOptions) -> MeftConfig:
+def _peft_config(model: nn.Module, method: str, task_type: str | None, options: MethodOptions) -> peft.PeftConfig:
+    if method == "lora":
+        return _lora_config(model, task_type, options)
+    if method == "ia3":
+        return ia3_config(model, task_type, _as_list(options.modules_to_save))
+    return _meft_config(method, task_type, options)
+
+
+def _meft_config(method: str, task_type: str | None, options: MethodOptions) -> MeftConfig:
     values: dict[str, Any] = {
         "task_type": task_type,
         "coupling": method,
@@ -157,13 +171,13 @@ def _meft_config(method: str, task_type: str, options: MethodOptions) -> MeftCon
     return MeftConfig(modules_to_save=_as_list(options.modules_to_save), **values)
 
 
-def _lora_config(model: nn.Module, task_type: str, options: MethodOptions) -> peft.LoraConfig:
+def _lora_config(model: nn.Module, task_type: str | None, options: MethodOptions) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type=task_type,
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=_linear_layers_pattern(model),
+        target_modules=linear_layers_pattern(model),
         modules_to_save=_as_list(options.modules_to_save),
     )
 
@@ -171,19 +185,3 @@ def _lora_config(model: nn.Module, task_type: str, options: MethodOptions) -> pe
 def _as_list(names: tuple[str, ...] | None) -> list[str] | None:
     """PEFT appends the task head to the list it is given, so it gets one of its own."""
     return None if names is None else list(names)
-
-
-def _linear_layers_pattern(model: nn.Module) -> str:
-    """A regular expression for the linear layers inside the transformer layers.
-
-    PEFT's `"all-linear"` would reach the pooler and projections outside the layers as well, which no other method
-    here trains. A pattern, unlike a set of names, is written to `adapter_config.json` the same way every time.
-    """
-    names = {
-        rf"{re.escape(stack.name)}\.\d+\.{re.escape(name)}"
-        for stack in find_stacks(model)
-        for layer in stack.layers
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
-    return "|".join(sorted(names))

@@ -292,7 +292,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, "device='tpu' is unknown. Valid: 'cpu', 'cuda'."),
     ({"longest": "layers"}, "longest='layers' is unknown. Valid: 'batch', 'sequence'."),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation is 'flash_attention_2'; steps on tensors"),
-    ({"method": "meft9"}, "method is 'meft9'; it must be one of full, lora, adapter, meft1, meft2, meft3, momentum,"),
+    (
+        {"method": "meft9"},
+        "method is 'meft9'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum, and all "
+        "but the last four may be followed by +checkpointing, +offload, full, lora, ia3, bitfit by +meft1, +meft2",
+    ),
     ({"method": "meft1+offload"}, "method is 'meft1+offload'; it must be one of"),
     ({"method": "lora+"}, "method is 'lora+'; it must be one of"),
     ({"method": "adapter+momentum"}, "method is 'adapter+momentum', but the adapters of meft are coupled by their own"),

@@ -20,7 +20,7 @@ KIND, RESULTS_FILE, FIGURE_FILE = "meft demo", "results.json", "meft-demo.png"
 
 # Peers that keep every activation, and reversible methods, which do not. Colours of Okabe and Ito, told apart by all.
 _PEER_COLOUR, _REVERSIBLE_COLOUR = "#999999", "#0072b2"
-_PEERS = ("full", "lora", "adapter")
+_PEERS = ("full", "lora", "ia3", "bitfit", "adapter")
 
 
 def table(results: Mapping[str, Any]) -> Table:

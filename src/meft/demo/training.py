@@ -30,6 +30,8 @@ from meft.training.loading import quiet_transformers
 LEARNING_RATES = {
     "full": 3e-4,
     "lora": 5e-3,
+    "ia3": 5e-3,
+    "bitfit": 2e-3,
     "adapter": 5e-3,
     "meft1": 5e-3,
     "meft2": 5e-3,

@@ -57,9 +57,10 @@ def estimate(
 
     Args:
         model: A name on the hub, a folder, a `config.json`, or a configuration of Transformers.
-        method: "full", "lora", "adapter", "meft1", "meft2", "meft3" or "momentum"; full, lora and adapter also with
-            "+checkpointing" (gradient checkpointing) or "+offload" (`torch.autograd.graph.save_on_cpu`; what lies on
-            the host is not counted); full and lora with "+momentum", "+meft1", ... (`meft.make_reversible` under them).
+        method: "full", "lora", "ia3", "bitfit", "adapter", "meft1", "meft2", "meft3" or "momentum"; all but the last
+            four also with "+checkpointing" (gradient checkpointing) or "+offload" (`torch.autograd.graph.save_on_cpu`;
+            what lies on the host is not counted); full, lora, ia3 and bitfit with "+momentum", "+meft1", ...
+            (`meft.make_reversible` under them).
         batch_size: Rows of a batch.
         seq_len: Tokens of a row; of no meaning for models of images.
         dtype: Of the weights: float32, bfloat16, float16 or float64.

@@ -16,7 +16,7 @@ from meft.couplings import COUPLINGS
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.memory.blueprint import IMAGES
 from meft.memory.fake import offloaded
-from meft.methods import COUPLED_METHODS, METHODS, MethodOptions, apply_method, check_method
+from meft.methods import COUPLED_METHODS, METHODS, PLAIN_METHODS, MethodOptions, apply_method, check_method
 
 CHECKPOINTING, OFFLOAD = "checkpointing", "offload"
 _EXTRAS = (CHECKPOINTING, OFFLOAD, *COUPLINGS)
@@ -114,6 +114,10 @@ class Recipe:
             alpha = method_options.get("lora_alpha", defaults.lora_alpha)
             words = [f"task_type={peft_task}", f"r={rank}", f"lora_alpha={alpha}", 'target_modules="all-linear"']
             lines.append(f"model = get_peft_model(base, LoraConfig({', '.join(words)}))")
+        elif self.method == "ia3":
+            lines.append(f"model = get_peft_model(base, IA3Config(task_type={peft_task}))")
+        elif self.method == "bitfit":
+            lines.append(f'model = apply_method(base, "bitfit", task_type={peft_task})  # of meft.methods')
         elif self.method == "adapter":
             words = [f"task_type={peft_task}", 'coupling="adapter"', *_words(method_options)]
             lines.append(f"model = get_peft_model(base, meft.MeftConfig({', '.join(words)}))")
@@ -150,8 +154,9 @@ def read_recipe(method: str, options: Mapping[str, Any]) -> Recipe:
     coupled_twice = base in COUPLED_METHODS and extra != ""
     if base not in METHODS or (extra and extra not in _EXTRAS) or coupled_twice or method.endswith("+"):
         raise ConfigError(
-            f"method is {method!r}; it must be one of {', '.join(METHODS)}, and full, lora and adapter may be followed "
-            f"by +{', +'.join((CHECKPOINTING, OFFLOAD))}, full and lora by +{', +'.join(COUPLINGS)}."
+            f"method is {method!r}; it must be one of {', '.join(METHODS)}, and all but the last four may "
+            f"be followed by +{', +'.join((CHECKPOINTING, OFFLOAD))}, {', '.join(PLAIN_METHODS)} by "
+            f"+{', +'.join(COUPLINGS)}."
         )
     if base == "adapter" and extra in COUPLINGS:
         raise ConfigError(

@@ -58,11 +58,20 @@ def record_cpu(step: Callable[[], Any]) -> tuple[Any, Timeline]:
     The result is still held when recording ends, so what it refers to counts as outliving the step. Blocks allocated
     by threads that the step starts itself are not seen; those of autograd's own threads are.
     """
+    with recording_cpu() as recorded:
+        result = step()
+    return result, recorded[0]
+
+
+@contextmanager
+def recording_cpu() -> Iterator[list[Timeline]]:
+    """Records what is allocated on the CPU within; the list that is yielded holds the timeline afterwards."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    recorded: list[Timeline] = []
     with _quiet_profiler(), profiler as profile, marks_go_to(_write_mark):
-        result = step()
-    return result, build_timeline(_events(profile))
+        yield recorded
+    recorded.append(build_timeline(_events(profile)))
 
 
 def build_timeline(events: Iterable[tuple[int, int] | str]) -> Timeline:
