@@ -9,9 +9,12 @@ Importing this package registers the PEFT method "MEFT":
 """
 
 from . import errors
+from .callbacks import MeftCallback
 from .config import MeftConfig
 from .convert import make_reversible, restore
 from .errors import MeftError
+from .export import export
+from .folders import load
 from .memory import MemoryEstimate, MemoryReport, estimate, measure
 from .tuner import MeftLayer, MeftModel, register
 from .verify import VerifyReport, verify
@@ -20,6 +23,7 @@ from .version import __version__
 register()
 
 __all__ = [
+    "MeftCallback",
     "MeftConfig",
     "MeftError",
     "MeftLayer",
@@ -30,6 +34,8 @@ __all__ = [
     "__version__",
     "errors",
     "estimate",
+    "export",
+    "load",
     "make_reversible",
     "measure",
     "restore",
