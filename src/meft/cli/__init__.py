@@ -48,7 +48,7 @@ class _InterruptedError(Exception):
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
-    """Fine-tune a model on a task of GLUE or on your own files."""
+    """Fine-tune a model on texts, questions or images: a task known by name, or your own files."""
     from meft.results import summary_table
     from meft.training import TRAIN_TYPES
     from meft.training import train as run
@@ -83,6 +83,26 @@ def verify(context: typer.Context) -> None:
     from meft.cli.verify import verify_command
 
     sys.exit(verify_command(context.args))
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="The folder of a run or of an adapter.")],
+    output_dir: Annotated[str, typer.Option("--output_dir", help="A folder that does not exist or is empty.")],
+    base_model_name_or_path: Annotated[
+        str | None,
+        typer.Option("--base_model_name_or_path", help="The adapter's base, when it is not where the adapter says."),
+    ] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option("--merge/--no-merge", help="Fold the adapter into its base, or keep it beside; left out: if can."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights that are written.")] = "auto",
+) -> None:
+    """Write a trained model or adapter into a folder that loads by itself; LoRA becomes a plain model."""
+    from meft.cli.export import export_command
+
+    export_command(source, output_dir, base_model_name_or_path=base_model_name_or_path, merge=merge, dtype=dtype)
 
 
 @app.command()
@@ -129,6 +149,41 @@ def estimate(
 
     given = {name: value for name, value in context.params.items() if name not in ("method", "json")}
     sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=_command(context)))
+
+
+@app.command(context_settings=_PASS_ON)
+def sweep(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with meft.")],
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of all runs; left out: runs/<recipe>.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="List the runs, and run none.")] = False,
+) -> None:
+    """Run every combination of a recipe, go on where it stopped, and write one table.
+
+    Arguments of meft train follow and hold for every run: --model_name_or_path, --data_dir, and so on. The name of an
+    axis of the recipe narrows it: --task rte mrpc --seeds 0.
+    """
+    from meft.cli.sweep import sweep_command
+
+    try:
+        code = sweep_command(recipe, context.args, output_dir=output_dir, dry_run=dry_run, command=_command(context))
+    except KeyboardInterrupt:
+        raise _InterruptedError from None
+    sys.exit(code)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def study(context: typer.Context) -> None:
+    """Answer one of the paper's questions with a table and a figure; meft study --help lists them."""
+    from meft.cli.study import study_command
+
+    try:
+        code = study_command(context.args, command=_command(context))
+    except KeyboardInterrupt:
+        raise _InterruptedError from None
+    sys.exit(code)
 
 
 @app.command()

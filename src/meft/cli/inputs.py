@@ -8,33 +8,18 @@ from typing import Any
 
 import torch
 import transformers
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from meft.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from meft.folders import TASK_MODELS
 from meft.storage import check_safetensors
 from meft.training.arguments import ModelArguments
 from meft.training.loading import load_config, load_tokenizer, quiet_transformers
-
-TASK_MODELS: dict[str, Any] = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
-}
 
 _ENDINGS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -44,8 +29,6 @@ _ENDINGS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-# The last linear layer of the heads for classes: of most models, of RoBERTa and BART, of decoders.
-_HEADS = ("classifier.weight", "out_proj.weight", "score.weight")
 _IGNORED = -100
 
 
@@ -56,17 +39,6 @@ def task_type_of(config: PretrainedConfig) -> str:
             if architecture.endswith(ending):
                 return task_type
     return "FEATURE_EXTRACTION"
-
-
-def trained_labels(adapter: Path) -> int | None:
-    """The number of outputs of the task head that lies in an adapter's weights, or None if there is none."""
-    path = adapter / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return None
-    check_safetensors(path)
-    with safe_open(path, framework="pt") as weights:
-        heads = [name for name in weights.keys() if name.endswith(_HEADS)]  # noqa: SIM118, it is no mapping
-        return min((weights.get_slice(name).get_shape()[0] for name in heads), default=None)
 
 
 def load_pretrained(

@@ -15,11 +15,12 @@ from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
-from meft.cli.inputs import TASK_MODELS, load_pretrained, random_batch, text_batch, trained_labels
+from meft.cli.inputs import load_pretrained, random_batch, text_batch
 from meft.convert import make_reversible
 from meft.couplings import COUPLINGS
 from meft.errors import ConfigError
-from meft.methods import MethodOptions, apply_method
+from meft.folders import TASK_MODELS, trained_labels
+from meft.methods import PLAIN_METHODS, MethodOptions, apply_method
 from meft.peft_type import MEFT
 from meft.plan import check_choice, check_integer
 from meft.results import hardware, versions
@@ -29,7 +30,6 @@ from meft.training.loading import is_adapter, load_adapter
 from meft.verify import VerifyReport, verify
 from meft.verify.figure import check_figure_path
 
-_UNCOUPLED = ("full", "lora")
 _COUPLING_OPTIONS = (
     "lam",
     "beta",
@@ -41,6 +41,9 @@ _COUPLING_OPTIONS = (
     "cached_layers",
     "drift_tolerance",
     "anchor_every",
+    "granularity",
+    "sign",
+    "tile_size",
 )
 
 
@@ -55,8 +58,8 @@ class VerifyArguments:
     _argument_group_name = "verification"
 
     under: str | None = _option(
-        "For --method full or lora, and for adapters of other methods than MEFT: the coupling put under them: momentum "
-        "(left out), meft1, meft2 or meft3."
+        "For --method full, lora, ia3 or bitfit, and for adapters of other methods than MEFT: the coupling put under "
+        "them: momentum (left out), meft1, meft2 or meft3."
     )
     base_model_name_or_path: str | None = _option(
         "For an adapter: its base model, when it is no longer where the adapter says."
@@ -66,6 +69,11 @@ class VerifyArguments:
     seq_length: int = _option("Tokens of a row.", 64)
     text_file: str | None = _option("A file with a text a line, instead of random tokens.")
     autocast: Literal["bfloat16", "float16"] | None = _option("Mixed precision: run under autocast to this dtype.")
+    deploy: bool = _option(
+        "Also find the loss as trained, as deployed on the plain model, and with other gammas. Give a --text_file for "
+        "figures that mean something.",
+        False,
+    )
     device: str | None = _option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
     seed: int = _option("Of random tokens, new weights and dropout.", 0)
     figure: str | None = _option("Draw the error against depth to this file: .svg, .png or .pdf.")
@@ -128,17 +136,17 @@ def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments:
         batch = text_batch(model_arguments, base.name_or_path, base, task_type, arguments.text_file, **sizes)
     dtype = None if arguments.autocast is None else getattr(torch, arguments.autocast)
     with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-        return verify(model.to(device), batch)
+        return verify(model.to(device), batch, deploy=arguments.deploy)
 
 
 def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | None) -> nn.Module:
     """A pretrained model with something new to train: MEFT's adapters, or LoRA or everything on a reversible stack."""
     options = method.options()
-    if method.method not in _UNCOUPLED:
+    if method.method not in PLAIN_METHODS:
         if under is not None:
             raise ConfigError(
                 f"under is {under!r}, but method {method.method!r} brings its own coupling. Leave --under out, or give "
-                "--method full or lora."
+                f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
             )
         return apply_method(base, method.method, task_type=task_type, **_values(options))
     coupling = {name: getattr(options, name) for name in _COUPLING_OPTIONS}
