@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ..convert import pretrained_of
+from ..plan import Plan
 from ..replay import RngState
+from ..segment import Segment
 from ..tape import version_of
 
 
@@ -31,6 +33,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
         stack.callback(random.setstate, random.getstate())
         stack.callback(numpy.random.set_state, numpy.random.get_state())
         yield
+
+
+@contextmanager
+def replaced(segments: Sequence[Segment], change: Callable[[Plan], Plan]) -> Iterator[None]:
+    """Runs stacks under changed plans."""
+    plans = [segment.plan for segment in segments]
+    try:
+        for segment, plan in zip(segments, plans, strict=True):
+            segment.plan = change(plan)
+        yield
+    finally:
+        for segment, plan in zip(segments, plans, strict=True):
+            segment.plan = plan
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -58,6 +58,22 @@ class StartingPoint:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """The loss on the batch in evaluation, with the coupling and on the plain model.
+
+    Attributes:
+        trained: as the model is trained, with its coupling but without dropout; with random signs the mean of a few
+            draws.
+        deployed: on the plain model, which `restore` leaves, with whatever was trained inside its layers.
+        by_gamma: with other gammas of `momentum`, by their names ("1/8"); empty for other couplings.
+    """
+
+    trained: float
+    deployed: float
+    by_gamma: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What `meft.verify` found. `print(report)` shows it as a table.
 
@@ -76,6 +92,7 @@ class VerifyReport:
         drift_tolerance: the relative error of rebuilt streams that is allowed where they need not be bit-equal.
         gradient_tolerance: the `gradient_error` that is allowed.
         integrity_error: what the integrity check of the backward pass raised, or None.
+        deployment: the loss as trained and as deployed, if `verify` was asked for it.
     """
 
     bitwise: bool
@@ -89,6 +106,7 @@ class VerifyReport:
     drift_tolerance: float
     gradient_tolerance: float
     integrity_error: str | None = None
+    deployment: Deployment | None = None
 
     @property
     def worst_reconstruction(self) -> float:
@@ -122,7 +140,8 @@ class VerifyReport:
 
     def __rich__(self) -> RenderableType:
         stacks = [_layers_table(name, errors) for name, errors in self.reconstruction_error.items()]
-        return Group(*stacks, self._summary_table())
+        deployment = [] if self.deployment is None else [_deployment_table(self.deployment)]
+        return Group(*stacks, *deployment, self._summary_table())
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -170,6 +189,18 @@ def _layers_table(name: str, errors: tuple[LayerError, ...]) -> Table:
         differing = f"{error.differing:,} of {error.elements:,}"
         equal = "yes" if error.bitwise else "no"
         table.add_row(str(error.layer), _number(error.relative), _number(error.largest), differing, equal)
+    return table
+
+
+def _deployment_table(found: Deployment) -> Table:
+    table = Table(title="Loss in evaluation", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    rows = {"as trained": found.trained, **{f"gamma {gamma}": loss for gamma, loss in found.by_gamma.items()}}
+    for name, loss in rows.items():
+        table.add_row(name, f"{loss:.4f}", f"then on the plain model: {found.deployed - loss:+.4f}")
+    table.add_row("as deployed", f"{found.deployed:.4f}", "on the plain model, without a coupling")
     return table
 
 

@@ -25,8 +25,9 @@ from ..layers import ReversibleLayer
 from ..plan import Plan
 from ..replay import RngState
 from ..segment import Segment
+from .deployment import as_in_training, compare_deployment, refuse_deployment
 from .gradients import Gradient, gradients_of, loss_of, relative_differences
-from .preserve import preserved
+from .preserve import preserved, replaced
 from .reconstruction import CoupledStack, Recorder, relative_difference
 from .report import StartingPoint, VerifyReport
 
@@ -34,7 +35,7 @@ from .report import StartingPoint, VerifyReport
 _GRADIENT_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
+def verify(model: nn.Module, batch: Mapping[str, Any], *, deploy: bool = False) -> VerifyReport:
     """Compares what the backward pass rebuilds with what the forward pass computed, bit by bit.
 
     Example:
@@ -50,12 +51,16 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
         model: reversible by `get_peft_model(base, MeftConfig(...))` or `make_reversible`.
         batch: what the model is called with, as keyword arguments; it is moved to the model's device. Where it yields
             no loss (no labels), the loss is the sum of fixed random projections of the model's outputs.
+        deploy: also find the loss as trained and as deployed, on the plain model that `restore` leaves, and what other
+            gammas would give. The batch needs labels.
 
     Returns:
-        The report: `bitwise`, `reconstruction_error`, `gradient_error`, `starting_point`, `passed()`, `figure(path)`.
+        The report: `bitwise`, `reconstruction_error`, `gradient_error`, `starting_point`, `deployment`, `passed()`,
+        `figure(path)`.
 
     Raises:
-        ConfigError: the model is not reversible, nothing in it is rebuilt or trainable, or the batch is no mapping.
+        ConfigError: the model is not reversible, nothing in it is rebuilt or trainable, or the batch is no mapping;
+            with `deploy`, the plain model cannot run its adapters, or the batch has no labels.
         UnsupportedModelError: the model's outputs cannot be read.
         StreamOverflowError: hidden states do not fit the fixed-point streams.
     """
@@ -66,6 +71,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
             f"{type(model).__name__} has no parameter that requires gradients, so nothing is rebuilt in its backward "
             "pass. Verify it as it will be trained: activate its adapter, or call model.requires_grad_(True)."
         )
+    if deploy:
+        refuse_deployment(model)
     with preserved(model), _differentiable():
         inputs = _inputs(batch, next(iter(trainable.values())).device)
         state = [RngState.take(device) for device in {parameter.device for parameter in model.parameters()}]
@@ -74,6 +81,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
         del found, reference
         precision = _precision(recorder.dtypes | {parameter.dtype for parameter in trainable.values()})
         starting_point = _starting_point(model, inputs, coupled, state)
+        deployment = compare_deployment(model, inputs, state) if deploy else None
     rebuilt = recorder.errors()
     if not rebuilt:
         raise ConfigError(
@@ -93,6 +101,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
         drift_tolerance=min(plan.drift_tolerance for plan in plans),
         gradient_tolerance=_gradient_tolerance(precision, plans),
         integrity_error=integrity_error,
+        deployment=deployment,
     )
 
 
@@ -183,7 +192,7 @@ def _trained(
 
     def gradients(change: Callable[[Plan], Plan]) -> list[Gradient]:
         _put(state)
-        with _replaced(coupled, change), _without_drift_warning():
+        with replaced([entry.segment for entry in coupled], change), _without_drift_warning():
             return gradients_of(model, inputs, parameters)
 
     model.train()
@@ -206,7 +215,8 @@ def _starting_point(
     """Compares the model with itself without coupling, in evaluation, where dropout does not blur it."""
     model.eval()
     _put(state)
-    hidden, loss = _evaluated(model, inputs, coupled)
+    with replaced([entry.segment for entry in coupled], as_in_training):
+        hidden, loss = _evaluated(model, inputs, coupled)
     with _plain(coupled):
         plain_hidden, plain_loss = _evaluated(model, inputs, coupled)
     change = relative_difference(hidden, plain_hidden)
@@ -247,19 +257,6 @@ def _differentiable() -> Iterator[None]:
     """Gradients are wanted even where the caller is in `no_grad` or `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@contextmanager
-def _replaced(coupled: Sequence[CoupledStack], change: Callable[[Plan], Plan]) -> Iterator[None]:
-    """Runs the stacks under changed plans."""
-    plans = [entry.segment.plan for entry in coupled]
-    try:
-        for entry, plan in zip(coupled, plans, strict=True):
-            entry.segment.plan = change(plan)
-        yield
-    finally:
-        for entry, plan in zip(coupled, plans, strict=True):
-            entry.segment.plan = plan
 
 
 def _without_integrity_check(plan: Plan) -> Plan:
