@@ -25,6 +25,8 @@ from meft.training.runs import differences
 
 Say = Callable[[str], None]
 _UNSAFE = str.maketrans({character: "-" for character in '/\\:*?"<>| '})
+# What is counted of rows that were not used as they are.
+LOST = {"truncated_rows": "cut", "skipped_rows": "left out"}
 _WAIT = 10.0  # seconds between looks at a run that another process is at
 
 
@@ -256,8 +258,7 @@ class Sweep:
             _remove_models(run.folder)
         score = score_of(found, self.recipe.metric)
         shown = "undefined" if score is None else f"{score:.4f}"
-        notes = "".join(f"; {count} {split} rows cut" for split, count in found["truncated_rows"].items() if count)
-        self.say(f"{run.title}: {shown} ({time.monotonic() - start:.0f} s{notes})")
+        self.say(f"{run.title}: {shown} ({'; '.join([f'{time.monotonic() - start:.0f} s', *lost_rows(found)])})")
         return True
 
 
@@ -283,6 +284,16 @@ def score_of(results: Mapping[str, Any], metric: str | None = None) -> float | N
             "recipe, or leave metric out for each task's first."
         )
     return None if None in found else fmean(found)
+
+
+def lost_rows(found: Mapping[str, Any]) -> list[str]:
+    """What a run says of rows that were cut or left out, in words: "3 train rows were cut"."""
+    return [
+        f"{count} {split} rows were {what}"
+        for name, what in LOST.items()
+        for split, count in (found.get(name) or {}).items()
+        if count
+    ]
 
 
 def _ranked(score: float | None) -> float:

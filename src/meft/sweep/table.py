@@ -10,7 +10,7 @@ from typing import Any
 
 from meft import results
 from meft.sweep.recipe import Recipe, name_of, row_names
-from meft.sweep.runs import Outcome, Run, score_of
+from meft.sweep.runs import LOST, Outcome, Run, lost_rows, score_of
 
 MEAN = "mean"
 Found = dict[str, tuple[Run, dict[str, Any]]]
@@ -139,7 +139,7 @@ def _run(recipe: Recipe, run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "point": run.point,
         "seed": run.seed,
         "score": score_of(found, recipe.metric),
-        **{name: found[name] for name in ("metrics", "steps", "rows", "truncated_rows", "started", "finished")},
+        **{name: found.get(name) for name in ("metrics", "steps", "rows", *LOST, "started", "finished")},
     }
 
 
@@ -199,9 +199,7 @@ def _notes(table: Mapping[str, Any], measured: bool) -> list[str]:
         if among:
             notes.append(f"Chosen on seed {table['seeds'][0]} for {entry['for'] or 'all'}: {among}.")
     for run in table["runs"]:
-        if any(run["truncated_rows"].values()):
-            cut = ", ".join(f"{count} {split}" for split, count in run["truncated_rows"].items() if count)
-            notes.append(f"Rows cut to the longest length: {' '.join(run['point'].values())}: {cut}.")
+        notes += [f"{run['point'].get('task', 'All')}: {text}." for text in lost_rows(run)]
     notes += [f"Failed: {title}: {reason}" for title, reason in table["failed"].items()]
     return [f"- {note}" for note in _ordered(notes)]
 

@@ -12,6 +12,7 @@ from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -254,6 +255,13 @@ class _Parser(HfArgumentParser):
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
+@cache
+def _parser(types: tuple[Any, ...], command: str) -> _Parser:
+    """Made once: a sweep parses the arguments of hundreds of runs before the first of them begins."""
+    usage = f"meft {command} [arguments.yaml] --model_name_or_path MODEL [--name value ...]"
+    return _Parser(list(types), prog=f"meft {command}", usage=usage, allow_abbrev=False, formatter_class=_Help)
+
+
 def parse(
     types: Sequence[Any], argv: Sequence[str], *, command: str, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -268,8 +276,7 @@ def parse(
     Raises:
         ConfigError: An argument is unknown, missing, has no valid value or does not go with another.
     """
-    usage = f"meft {command} [arguments.yaml] --model_name_or_path MODEL [--name value ...]"
-    parser = _Parser(list(types), prog=f"meft {command}", usage=usage, allow_abbrev=False, formatter_class=_Help)
+    parser = _parser(tuple(types), command)
     words = list(argv)
     from_file: list[str] = []
     if words and not words[0].startswith("-"):

@@ -23,7 +23,8 @@ from transformers import (
 from meft.errors import ConfigError
 from meft.tasks import TaskData, TaskSpec
 from meft.tasks.base import LABEL
-from meft.tasks.images import IMAGE_TASKS, load_images
+from meft.tasks.image_tasks import IMAGE_TASKS
+from meft.tasks.images import load_images
 from meft.tasks.pixels import MIRROR, ROW, ImageCollator
 from meft.training import loading
 from meft.training.arguments import DataArguments, ModelArguments
@@ -53,8 +54,9 @@ class ImageClassification(TaskKind):
             arguments.task or "",
             arguments.data_dir,
             splits,
-            labels=arguments.labels or labels,
-            learnt=[str(name) for _, name in sorted((config.id2label or {}).items())],
+            labels=arguments.labels,
+            trained=labels,
+            outputs=[str(name) for _, name in sorted((config.id2label or {}).items())],
             validation_share=arguments.validation_share,
             cache_dir=cache_dir,
         )
@@ -76,7 +78,7 @@ class ImageClassification(TaskKind):
         pixels = processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
         try:
             with torch.no_grad():
-                model(pixel_values=pixels.to(model.dtype))
+                model(pixel_values=pixels.to(model.device, model.dtype))
         except (ValueError, RuntimeError) as error:
             height, width = pixels.shape[-2:]
             raise ConfigError(
