@@ -15,13 +15,16 @@ layer, F before G, and inside a layer top to bottom. An adapter draws where its 
 projection of the feed-forward (or the attention) and before the model's own dropout there. A comparison with dropout
 on therefore needs nothing but the same `torch.manual_seed` before each of the two forward passes. The inverse does not
 replay random numbers: use it without dropout.
+
+**Signs.** With sign "random" each layer of `momentum` in training multiplies gamma by +1 or -1, one for each row of the
+batch, drawn before anything else of that layer. In evaluation gamma is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +42,7 @@ Output = str | tuple[str, float]
 class Rule:
     """One row of the table of couplings; `newest` says which of (y1, y2) of the last layer is the newest stream."""
 
-    lam: float
+    lam: float | Tensor
     beta: float
     switch: bool
     newest: str
@@ -228,7 +231,7 @@ class Coupled:
     g: Adapter | None = None
 
 
-def branches(coupling: str, part: Coupled, lam: float, kwargs: Mapping[str, Any]) -> tuple[Branch, Branch]:
+def branches(coupling: str, part: Coupled, lam: float | Tensor, kwargs: Mapping[str, Any]) -> tuple[Branch, Branch]:
     """F and G of one layer. Under momentum lam is gamma and G is zero."""
     layer, f, g = part.layer, part.f, part.g
     family = family_of(layer)
@@ -240,6 +243,12 @@ def branches(coupling: str, part: Coupled, lam: float, kwargs: Mapping[str, Any]
         return lambda x2: family.attention(layer, x2, f, kwargs), lambda y1: family.feed_forward(layer, y1, g)
     assert coupling == "momentum", coupling
     return lambda x2: whole_layer(layer, x2, f, kwargs) - lam * x2, torch.zeros_like
+
+
+def with_signs(rule: Rule, x: Tensor, layer: nn.Module) -> Rule:
+    """The rule with a gamma for each row of the batch: drawn among +gamma and -gamma in training, 0 otherwise."""
+    signs = 2 * torch.randint(0, 2, (len(x), 1, 1), dtype=torch.int8) - 1 if layer.training else torch.zeros(1)
+    return replace(rule, lam=rule.lam * signs.to(x.dtype))
 
 
 def rule_for(
@@ -266,10 +275,17 @@ def rule_for(
 
 
 def forward_streams(
-    parts: Sequence[Coupled], x1: Tensor, x2: Tensor, coupling: str, rule: Rule, kwargs: Mapping[str, Any]
+    parts: Sequence[Coupled],
+    x1: Tensor,
+    x2: Tensor,
+    coupling: str,
+    rule: Rule,
+    kwargs: Mapping[str, Any],
+    sign: str = "fixed",
 ) -> tuple[Tensor, Tensor]:
     for part in parts:
-        x1, x2 = couple(x1, x2, *branches(coupling, part, rule.lam, kwargs), rule)
+        drawn = rule if sign == "fixed" else with_signs(rule, x1, part.layer)
+        x1, x2 = couple(x1, x2, *branches(coupling, part, drawn.lam, kwargs), drawn)
     return x1, x2
 
 
@@ -294,6 +310,7 @@ def coupled_hidden(
     output: Output | None = None,
     frozen_layers: int = 0,
     cached_layers: int = 0,
+    sign: str = "fixed",
 ) -> Tensor:
     """The hidden state after a whole stack.
 
@@ -322,7 +339,7 @@ def coupled_hidden(
     if not reversible:
         return hidden
     rule = rule_for(coupling, lam, beta, gamma, output)
-    return combine(*forward_streams(reversible, hidden, hidden, coupling, rule, kwargs), rule)
+    return combine(*forward_streams(reversible, hidden, hidden, coupling, rule, kwargs, sign), rule)
 
 
 # --- The same, on the weights of a PEFT model -----------------------------------------------------------------------
@@ -357,7 +374,7 @@ def reference_hidden(
     Args:
         layers: one stack of wrapped layers, frozen ones included.
         encoder_hidden: encoder states for cross-attention; put into `layer_kwargs` as `encoder_hidden_states`.
-        options: lam, beta, gamma, output, frozen_layers, cached_layers.
+        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign.
     """
     kwargs = dict(layer_kwargs or {})
     if encoder_hidden is not None:
@@ -389,7 +406,7 @@ def reference_model(
 
     Args:
         model: any model with lists of wrapped (or plain) layers of the supported families.
-        options: lam, beta, gamma, output, frozen_layers, cached_layers, for every stack alike.
+        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, for every stack alike.
     """
     found = [
         (parent, name, child)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import meft
+from meft.calls import Call
 from meft.errors import UnsupportedModelError
 from peft_helpers import assert_close, taken
 from stacks import WIDTH, Block, Loop, Stacked, hidden_state
@@ -335,3 +336,19 @@ def test_the_hook_that_watches_the_loop_is_taken_off_again() -> None:
     meft.restore(model)
     assert not model._forward_hooks
     model(hidden_state())
+
+
+@pytest.mark.parametrize("given", [[1, 2], ([1, 2],)])
+def test_what_a_block_changes_in_its_arguments_is_whole_for_the_next_run(given: Any) -> None:
+    seen: list[Any] = []
+
+    def block(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        (changed,) = [leaf for leaf in (args[0], *args[0]) if isinstance(leaf, list)]
+        seen.append(list(changed))
+        changed.clear()
+        return hidden
+
+    function = Call((given,), {}, "a layer").function("F", block)
+    for _ in range(2):
+        function(torch.zeros(2), ())
+    assert seen == [[1, 2], [1, 2]]

@@ -16,7 +16,7 @@ PACKAGE = Path(meft.__file__).parent
 # Every module may import those before it, never those after it; a module not listed here fails the test.
 ORDER = [
     {"errors", "version"},
-    {"residues", "tiles"},
+    {"compilation", "residues", "sharding", "tiles"},
     {"arithmetic"},
     {"couplings"},
     {"plan", "replay", "tape"},
@@ -28,16 +28,21 @@ ORDER = [
     {"convert"},
     {"config"},
     {"tuner"},
-    {"storage", "verify"},
-    {"methods", "tasks", "results", "families"},
+    {"storage", "verify", "folders", "export"},
+    {"baselines", "tasks", "results", "families"},
+    {"methods"},
     {"memory"},
+    {"callbacks"},
     {"training"},
-    {"demo", "cli"},
+    {"sweep"},
+    {"demo", "studies", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 BARE = (
     "errors",
     "residues",
+    "compilation",
+    "sharding",
     "tiles",
     "arithmetic",
     "couplings",

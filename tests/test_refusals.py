@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +19,7 @@ from peft_helpers import (
     TASK_OF,
     batch_of,
     gradients,
+    llama,
     neox,
     unchanged,
 )
@@ -31,20 +31,108 @@ def base_of(family: str, **options: Any) -> PreTrainedModel:
 
 def test_twice_is_refused() -> None:
     model = meft.make_reversible(base_of("bart"))
-    with (
-        unchanged(model),
-        pytest.raises(ConfigError, match=re.escape("is reversible already. Call meft.restore(model)")),
-    ):
-        meft.make_reversible(model, "meft1")
+    with unchanged(model), pytest.raises(ConfigError) as caught:
+        meft.make_reversible(model, "meft1", backward="cached")
+    assert str(caught.value).startswith(
+        "model.encoder.layers of BartEncoder is reversible already, with other options (coupling 'momentum', not "
+        "'meft1'; lam None, not 0.1; beta None, not 1.0; output (0.0, 1.0), not (0.5, 0.5); backward 'reversible', not "
+        "'cached'; gamma 0.25, not None). To change them call meft.restore(model) first"
+    )
+    with unchanged(model), pytest.raises(ConfigError, match="already, with the options of this call"):
+        meft.make_reversible(model)
     adapted = get_peft_model(base_of("bert"), meft.MeftConfig(task_type="SEQ_CLS"))
-    with unchanged(adapted), pytest.raises(ConfigError, match="unload the MEFT adapter"):
+    with unchanged(adapted), pytest.raises(ConfigError, match=r"has a MEFT adapter, .* model = model\.unload\(\)"):
         meft.make_reversible(adapted)
+
+
+@pytest.mark.parametrize("changed", [{"gamma": 1 / 8}, {"sign": "random"}, {"granularity": "block"}, {"tile_size": 7}])
+def test_twice_through_the_wrappers_of_peft(changed: dict[str, Any]) -> None:
+    """Before and after LoRA was put in, on the wrapped model and on its base."""
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    for model in (
+        get_peft_model(meft.make_reversible(base_of("bert")), lora),
+        meft.make_reversible(get_peft_model(base_of("bert"), lora)),
+    ):
+        name, value = next(iter(changed.items()))
+        for one in (model, model.get_base_model()):
+            with unchanged(model), pytest.raises(ConfigError, match=rf"other options \({name} .*, not {value!r}\)"):
+                meft.make_reversible(one, **changed)
+        meft.make_reversible(meft.restore(model), **changed)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for call in (meft.make_reversible, meft.restore):
+        for given, kind in ((None, "NoneType"), ("bert-base-uncased", "str")):
+            with pytest.raises(ConfigError, match=rf"{call.__name__} was given a {kind} .*Valid is a torch.nn.Module"):
+                call(given)
+
+
+def test_two_couplings_active_at_once_are_refused() -> None:
+    """However they were activated; and after one of them is, the model runs."""
+    model, batch = get_peft_model(base_of("bert"), meft.MeftConfig(task_type="SEQ_CLS")), batch_of("bert")
+    model.add_adapter("other", meft.MeftConfig(task_type="SEQ_CLS", coupling="momentum"))
+    layers = [module for module in model.modules() if isinstance(module, meft.MeftLayer)]
+    both = ["default", "other"]
+    for activate in (model.base_model.set_adapter, layers[0].set_adapter):
+        with unchanged(model), pytest.raises(ConfigError, match=r"adapters \['default', 'other'\] are active together"):
+            activate(both)
+    layers[1].set_adapter("other")
+    with pytest.raises(ConfigError) as caught:
+        model(**batch)
+    assert str(caught.value).startswith(
+        "The layers of bert.encoder.layer of BertModel do not follow one coupling: momentum in some, but another "
+        "adapter (meft1) in layers [0, 2]."
+    )
+    for name in both:
+        model.set_adapter(name)
+        assert torch.isfinite(model(**batch).loss)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_two_couplings_added_by_transformers_itself() -> None:
+    model = base_of("bert")
+    for name, coupling in (("a", "meft1"), ("b", "momentum")):
+        model.add_adapter(meft.MeftConfig(coupling=coupling), name)
+    with pytest.raises(ConfigError, match=r"adapters \['a', 'b'\] are active together, .* model.set_adapter\('a'\)"):
+        model.set_adapter(["a", "b"])
+    model.set_adapter("b")
+    assert torch.isfinite(model(**batch_of("bert")).loss)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_second_adapter_does_not_take_the_place_of_the_first() -> None:
+    model = get_peft_model(base_of("bert"), meft.MeftConfig(task_type="SEQ_CLS"))
+    for one in (model, model.get_base_model()):
+        with pytest.raises(ConfigError, match=r"adapter 'default' already, of coupling='meft1'; another one of"):
+            get_peft_model(one, meft.MeftConfig(task_type="SEQ_CLS", coupling="meft2"))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_one_method_under_another_is_refused() -> None:
+    """LoRA and MEFT side by side in one PEFT model, and MEFT on a reversible backbone."""
+    lora = get_peft_model(base_of("bert"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with unchanged(lora), pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        lora.add_adapter("other", meft.MeftConfig(task_type="SEQ_CLS"))
+    meft.make_reversible(lora)
+    with pytest.raises(ConfigError, match=r"was made reversible by make_reversible\. Call meft\.restore\(model\)"):
+        lora.get_base_model().add_adapter(meft.MeftConfig())
+
+
+def test_layers_added_since_are_refused() -> None:
+    replicated = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    assert gradients(meft.make_reversible(get_peft_model(llama(), replicated)), batch_of("opt", "CAUSAL_LM"))
+    model = get_peft_model(meft.make_reversible(llama()), replicated)
+    with pytest.raises(UnsupportedModelError, match="restore the model and make it reversible again"):
+        model(**batch_of("opt", "CAUSAL_LM"))
 
 
 def test_nothing_to_restore_is_refused() -> None:
     adapted = get_peft_model(base_of("bert"), meft.MeftConfig(task_type="SEQ_CLS"))
     restored = meft.restore(meft.make_reversible(base_of("bert")))
-    for model in (base_of("bert"), adapted, restored, nn.Linear(2, 2)):
+    lora = get_peft_model(base_of("bert"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    mixed = get_peft_model(base_of("bert"), LoraConfig(target_modules=["query"]), mixed=True)
+    for model in (base_of("bert"), adapted, restored, lora, mixed, nn.Linear(2, 2)):
         with unchanged(model), pytest.raises(ConfigError) as caught:
             meft.restore(model)
         text = str(caught.value)
@@ -179,14 +267,11 @@ def test_a_tensor_changed_between_two_layers(
             return called(change(hidden), *args, **kwargs)
 
         monkeypatch.setattr(layers[2], "forward", forward)
-    # PyTorch itself refuses to modify a node's output in place.
-    expected = RuntimeError if (change, mode) == (_scaled_in_place, "train") else UnsupportedModelError
-    with torch.set_grad_enabled(mode == "train"), pytest.raises(expected) as caught:
+    with torch.set_grad_enabled(mode == "train"), pytest.raises(UnsupportedModelError) as caught:
         model(**batch_of("bert"))
-    if expected is UnsupportedModelError:
-        text = str(caught.value)
-        assert "BertModel changes the hidden state between bert.encoder.layer.1 and bert.encoder.layer.2" in text
-        assert "Remove the hook or code between these layers" in text
+    text = str(caught.value)
+    assert "BertModel changes the hidden state between bert.encoder.layer.1 and bert.encoder.layer.2" in text
+    assert "Remove the hook or code between these layers" in text
     if through == "hook":
         handle.remove()
     else:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meft import residues
 from meft.residues import bits_for, pack, packed_bytes, unpack
 
 
@@ -40,3 +41,13 @@ def test_non_contiguous_values_and_their_shape_survive() -> None:
 def test_packed_residues_own_no_more_memory_than_they_need() -> None:
     packed = pack(torch.zeros(1001, dtype=torch.int32), 3)
     assert packed.untyped_storage().nbytes() == 376
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("elements", [0, 1, 7, 8, 1003])
+def test_whole_words_are_packed_as_single_places(bits: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(0, 2**bits, (elements,), dtype=torch.int32)
+    packed = pack(values, bits)
+    monkeypatch.setattr(residues, "_LITTLE", False)
+    assert torch.equal(pack(values, bits), packed)
+    assert torch.equal(unpack(packed, bits, values.shape), values)

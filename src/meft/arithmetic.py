@@ -148,13 +148,15 @@ class FixedPoint:
             if f_flat is None:
                 y_flat[slab] = scaled
                 continue
-            torch.add(scaled, self._quantise(f_flat[slab]), out=y_flat[slab])
+            units = self._units(f_flat[slab])
             # The float sum does not wrap around, so it tells what the integer sum should have been.
-            magnitude = torch.add(f_flat[slab].to(torch.float32), scaled, alpha=2.0**-self.fraction_bits)
-            peaks.append(magnitude.abs_().amax())
-        if f is not None and not peaks:
-            peaks = [y.new_zeros((), dtype=torch.float32)]
-        return Coupled(y, _joined(residues), torch.stack(peaks).amax() if peaks else None)
+            lowest, highest = scaled.to(units.dtype).add_(units).aminmax()
+            peaks += [lowest.neg(), highest]
+            torch.add(scaled, units.round_().to(torch.int32), out=y_flat[slab])
+        if f is None:
+            return Coupled(y, _joined(residues))
+        largest = torch.stack(peaks).amax() if peaks else y.new_zeros(())
+        return Coupled(y, _joined(residues), largest.to(torch.float32) * 2.0**-self.fraction_bits)
 
     def uncouple(
         self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
@@ -168,11 +170,10 @@ class FixedPoint:
         for slab in slabs(y):
             scaled = y_flat[slab]
             if f_flat is not None:
-                scaled = scaled - self._quantise(f_flat[slab])
+                scaled = torch.sub(scaled, self._quantise(f_flat[slab]), out=x_flat[slab])
             if residue is not None:
                 lost = unpack(packed_slab(residue, slab, bits), bits, scaled.shape)
-                scaled = lost.add_(scaled, alpha=divisor)
-            x_flat[slab] = scaled
+                torch.add(lost, scaled, alpha=divisor, out=x_flat[slab])
         return x
 
     def check_factor(self, name: str, factor: float) -> None:
@@ -210,8 +211,11 @@ class FixedPoint:
         return f"{held} fraction_bits={bits} would fit{grown}; smaller factors keep hidden states smaller."
 
     def _quantise(self, values: Tensor) -> Tensor:
-        scaled = values.detach().to(_working_dtype(values.dtype)) * 2.0**self.fraction_bits
-        return scaled.round_().to(torch.int32)
+        return self._units(values).round_().to(torch.int32)
+
+    def _units(self, values: Tensor) -> Tensor:
+        """Values in units of the grid, not rounded yet."""
+        return values.detach().to(_working_dtype(values.dtype)) * 2.0**self.fraction_bits
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -228,8 +232,10 @@ def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     bits = bits_for(divisor)
     if divisor == 1 << bits:
         return x >> bits, pack(x & (divisor - 1), bits)
-    quotient = torch.div(x, divisor, rounding_mode="floor")
-    return quotient, pack(x - quotient * divisor, bits)
+    # Exact, since a quotient of 32-bit integers is nearer to another integer than float64 rounds only if it is one; the
+    # division of integers takes several times as long.
+    quotient = x.to(torch.float64).div_(divisor).floor_().to(torch.int32)
+    return quotient, pack(x.sub(quotient, alpha=divisor), bits)
 
 
 def _joined(residues: list[Tensor]) -> Tensor | None:

@@ -48,6 +48,8 @@ class Call:
         self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.outside = tuple(self._leaves[slot] for slot in self._slots)
         self._recording = _recorded()
+        self._fixed = not self.outside and all(map(_is_fixed, (*args, *kwargs.values())))
+        self._args, self._kwargs = args, kwargs
         self._further: dict[str, list[int]] = {}
         self._left: list[tuple[list[Any], Any, list[int]]] = []
 
@@ -60,6 +62,8 @@ class Call:
             with _private_recording(self._recording) as recorded:
                 output = block(hidden, args, kwargs)
             value, rest = split_output(output, hidden, self.name)
+            if rest is None and not self._mappings and not self._recording:
+                return (value,)
             written = {key: _changed(kwargs[key], entries) for key, entries in before.items()}
             leaves, structure = tree_flatten((rest if main else None, written, recorded()))
             first = name not in self._further
@@ -96,6 +100,8 @@ class Call:
         return result
 
     def _arguments(self, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._fixed:
+            return self._args, dict(self._kwargs)
         leaves = list(self._leaves)
         for slot, tensor in zip(self._slots, outside, strict=True):
             leaves[slot] = tensor
@@ -203,6 +209,21 @@ def recording() -> bool:
     return bool(_active_collector.get())
 
 
+@contextmanager
+def recording_off() -> Iterator[None]:
+    """Lets a compiler trace the hooks with which Transformers records, as ones that record nothing.
+
+    They ask a context variable, which no compiler traces, unless they are told that one is at work. Transformers tells
+    all threads at once, and so does this: outputs are not recorded in one thread while another trains compiled layers.
+    """
+    before = _active_collector.compiling, _active_collector.global_var
+    _active_collector.compiling, _active_collector.global_var = True, None
+    try:
+        yield
+    finally:
+        _active_collector.compiling, _active_collector.global_var = before
+
+
 def _recorded() -> dict[str, int]:
     """What Transformers records now, and how much of each it has."""
     collector = _active_collector.get() or {}
@@ -221,6 +242,13 @@ def _private_recording(lengths: Mapping[str, int]) -> Iterator[Callable[[], dict
         yield lambda: {key: values[lengths[key] :] for key, values in private.items()}
     finally:
         _active_collector.reset(token)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Tells whether a block cannot change an argument, other than a tensor, for the block that runs after it."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
 def _changed(mapping: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:

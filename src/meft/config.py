@@ -54,6 +54,8 @@ class MeftConfig(PeftConfig):
             "auto" for a quarter of them from 1024 up, None for all.
         fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
             training (`meft.head`).
+        sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average ordinary
+            layers are trained; in evaluation they are run as such, beside the adapters (`momentum`).
         modules_to_save: modules besides the adapters to train and save; PEFT adds the task's head.
 
     Raises:
@@ -78,6 +80,7 @@ class MeftConfig(PeftConfig):
     granularity: str = field(default="layer", metadata={"help": "layer, or block for momentum."})
     tile_size: int | str | None = field(default="auto", metadata={"help": "Tokens to a feed-forward block, or auto."})
     fused_loss: bool = field(default=True, metadata={"help": "Language-model losses without whole logits."})
+    sign: str = field(default="fixed", metadata={"help": "fixed, or random for momentum."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     target_modules: None = field(default=None, metadata={"help": "Unused: MEFT takes every layer of every stack."})
     base_layers: list[dict[str, Any]] | None = field(
@@ -121,6 +124,7 @@ class MeftConfig(PeftConfig):
             feedforward_module=self.feedforward_module,
             granularity=self.granularity,
             tile_size=self.tile_size,
+            sign=self.sign,
         )
 
     @classmethod
@@ -137,9 +141,9 @@ class MeftConfig(PeftConfig):
         return config
 
     def _refuse_coupling_options(self) -> None:
-        for name in ("lam", "beta", "gamma", "output"):
+        for name, unset in (("lam", None), ("beta", None), ("gamma", None), ("output", None), ("sign", "fixed")):
             value = getattr(self, name)
-            if value is not None:
+            if value != unset:
                 raise ConfigError(
                     f'{name}={value!r} was given, but coupling="adapter" couples nothing. Leave {name} out, or choose '
                     f"one of {', '.join(COUPLINGS)}."

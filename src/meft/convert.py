@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .compilation import uncompiled
 from .couplings import OutputRule
-from .discovery import Stack, find_stacks, pretrained_of
+from .discovery import Stack, check_module, find_stacks, pretrained_of
 from .errors import ConfigError
 from .head import attach, detach
 from .layers import ReversibleLayer
 from .plan import Plan
 from .segment import Segment
+from .sharding import refuse_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +45,7 @@ def make_reversible(
     granularity: str = "layer",
     tile_size: int | str | None = "auto",
     fused_loss: bool = True,
+    sign: str = "fixed",
 ) -> nn.Module:
     """Makes every layer stack of a model reversible, in place, without adding anything to train.
 
@@ -75,6 +78,8 @@ def make_reversible(
             "auto" for a quarter of them from 1024 up, None for all.
         fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
             training (`meft.head`).
+        sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average the plain
+            model is trained; in evaluation the model is the plain one (`momentum`).
 
     Returns:
         The model that was passed in.
@@ -83,6 +88,7 @@ def make_reversible(
         ConfigError: an option is not valid, or the model is reversible already.
         UnsupportedModelError: the model has no layer stack, or one that the coupling cannot take.
     """
+    check_module(model, "make_reversible")
     plan = Plan.make(
         coupling=coupling,
         lam=lam,
@@ -98,16 +104,15 @@ def make_reversible(
         anchor_every=anchor_every,
         granularity=granularity,
         tile_size=tile_size,
+        sign=sign,
     )
+    refuse_sharded(model)
     taken = find_stacks(model, stacks)
     for stack in taken:
-        if any(isinstance(layer, ReversibleLayer) for layer in stack.layers):
-            raise ConfigError(
-                f"{stack.name} of {type(stack.owner).__name__} is reversible already. Call meft.restore(model) first, "
-                "or unload the MEFT adapter."
-            )
+        _refuse_reversible(stack, plan)
     segments = [stack.segment(plan) for stack in taken]
     _install_recording(model)
+    name_units(model, taken, segments[0], ReversibleLayer.__name__)
     for stack, segment in zip(taken, segments, strict=True):
         prepare_stack(stack, segment)
         _freeze(stack, segment)
@@ -127,11 +132,13 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: the model was never made reversible.
     """
+    check_module(model, "restore")
+    refuse_sharded(model)
     wrapped = [
         (container, index, layer)
         for container in model.modules()
         if isinstance(container, nn.ModuleList)
-        for index, layer in enumerate(container)
+        for index, layer in enumerate(map(uncompiled, container))
         if type(layer) is ReversibleLayer
     ]
     if not wrapped:
@@ -142,7 +149,7 @@ def restore(model: nn.Module) -> nn.Module:
     for container, index, layer in wrapped:
         undo(layer._placement.segment)
         layer.pretrained.training = layer.training
-        container[index] = layer.pretrained
+        container[index] = layer.replaced
     # PEFT copies a head that it trains, together with what was done to it.
     detach(model)
     return model
@@ -162,6 +169,22 @@ def prepare_stack(stack: Stack, segment: Segment) -> None:
     segment.hooks.append(stack.owner.register_forward_hook(segment.check_ended))
 
 
+def name_units(model: nn.Module, stacks: Sequence[Stack], segment: Segment, wrapper: str) -> None:
+    """Lets the model say that wrappers are not to be split, by devices or by FSDP, in place of the layers they hold.
+
+    Args:
+        model: the model that is converted.
+        stacks: the stacks whose layers get wrappers.
+        segment: where the change is noted for `undo`.
+        wrapper: name of the wrappers' class.
+    """
+    layers = {type(pretrained_of(layer)).__name__ for stack in stacks for layer in stack.layers}
+    for module in model.modules():
+        names = set(getattr(module, "_no_split_modules", None) or ()) if isinstance(module, PreTrainedModel) else set()
+        if names & layers:
+            _change(segment, module, "_no_split_modules", names - layers | {wrapper})
+
+
 def undo(segment: Segment) -> None:
     """Takes back what conversion changed besides the layers."""
     while segment.changes:
@@ -169,6 +192,25 @@ def undo(segment: Segment) -> None:
         setattr(target, attribute, before)
     while segment.hooks:
         segment.hooks.pop().remove()
+
+
+def _refuse_reversible(stack: Stack, plan: Plan) -> None:
+    """Raises ConfigError, and says what a second conversion would change, if a stack was converted before."""
+    wrapped = next((layer for layer in map(uncompiled, stack.layers) if isinstance(layer, ReversibleLayer)), None)
+    if wrapped is None:
+        return
+    name = f"{stack.name} of {type(stack.owner).__name__}"
+    if type(wrapped) is not ReversibleLayer:
+        raise ConfigError(
+            f"{name} has a MEFT adapter, which makes it reversible already. Take it out first with "
+            "model = model.unload(), or train that adapter as it is: it needs no make_reversible."
+        )
+    differing = plan.differences(wrapped._placement.segment.plan)
+    change = f"with other options ({differing})" if differing else "with the options of this call"
+    raise ConfigError(
+        f"{name} is reversible already, {change}. To change them call meft.restore(model) first; otherwise leave the "
+        "second make_reversible out, or name other stacks with stacks=[...]."
+    )
 
 
 def _freeze(stack: Stack, segment: Segment) -> None:

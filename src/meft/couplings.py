@@ -16,6 +16,11 @@ y1 = F(x2) - gamma * (x2 - x1): it scales the difference x1 - x2 where the other
 takes that step twice a layer, first with the attention block as F, then with the feed-forward block as G, so that only
 one of them is rebuilt at a time.
 
+With sign "random" `momentum` draws s = +1 or -1 in training, for each sample in each step, and computes
+y1 = F(x2) - s * gamma * (x2 - x1). On average gamma is 0, and at gamma 0 the network is the plain model: so it is in
+evaluation. A step takes s times the difference of the streams, which loses nothing, and goes on as without a sign; its
+inverse multiplies by s once more.
+
 | coupling   | F                                  | G                                  | lam | beta | switch | output |
 |------------|------------------------------------|------------------------------------|-----|------|--------|--------|
 | `meft1`    | layer, adapter beside feed-forward | adapter                            | 0.1 | 1    | yes    | mean   |
@@ -25,14 +30,14 @@ one of them is rebuilt at a time.
 | by blocks  | attention block                    | feed-forward block, adapter beside | gamma 1/4  | no     | newest |
 
 Sources: MEFT, Liao, Tan and Monz 2023 (arXiv 2306.00477), section 3; RevNet, Gomez et al. 2017; momentum residual
-networks, Sander et al. 2021 (arXiv 2102.07870).
+networks, Sander et al. 2021 (arXiv 2102.07870); random signs, Zhang et al. 2024 (BDIA transformers, arXiv 2407.09093).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,13 +50,15 @@ OutputRule = Literal["mean", "newest"] | tuple[str, float] | Sequence[str | floa
 
 COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
 GRANULARITIES = ("layer", "block")
+SIGNS = ("fixed", "random")
 
 
 @dataclass(frozen=True)
 class Step:
     """streams[target] <- factor * streams[target] + function(streams[source]).
 
-    With `difference`, factor scales streams[target] - streams[source] instead.
+    With `difference`, factor scales streams[target] - streams[source] instead, and has a sign for each sample: "fixed"
+    is +1, "random" is drawn in training, "always" in evaluation too.
     """
 
     function: Literal["F", "G"]
@@ -59,12 +66,32 @@ class Step:
     source: Literal[0, 1]
     factor: float
     difference: bool = False
+    sign: Literal["fixed", "random", "always"] = "fixed"
 
-    def forward(self, arithmetic: Arithmetic, streams: Streams, f: Tensor | None) -> tuple[Streams, Coupled]:
+    def signs(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Draws the signs of a step, from the generator of the device; nothing is drawn for a fixed sign.
+
+        Args:
+            shape: of the hidden state; its first dimension counts the samples.
+            device: where the streams are.
+
+        Returns:
+            int8 of shape (samples, 1, ..., 1), or None for +1 everywhere.
+        """
+        if self.sign == "fixed":
+            return None
+        rows = (shape[0], *(1 for _ in shape[1:]))
+        return torch.randint(0, 2, rows, dtype=torch.int8, device=device).mul_(2).sub_(1)
+
+    def forward(
+        self, arithmetic: Arithmetic, streams: Streams, f: Tensor | None, signs: Tensor | None = None
+    ) -> tuple[Streams, Coupled]:
         """Applies the step; f is the value of its function. Returns the streams after it and what was computed."""
         x = streams[self.target]
         if self.difference:
             x = x - streams[self.source]
+            if signs is not None:
+                x.mul_(signs)
         coupled = arithmetic.couple(x, f, self.factor)
         return self.with_target(streams, coupled.stream), coupled
 
@@ -74,14 +101,22 @@ class Step:
         streams: Streams,
         f: Tensor | None,
         residue: Tensor | None,
+        signs: Tensor | None = None,
         *,
         in_place: bool = False,
     ) -> Streams:
         """Undoes the step; streams are those after it. Returns those before it, in their memory if `in_place`."""
         x = arithmetic.uncouple(streams[self.target], f, self.factor, residue, in_place=in_place)
         if self.difference:
+            if signs is not None:
+                x = torch.mul(x, signs, out=x if in_place else None)
             x = torch.add(x, streams[self.source], out=x if in_place else None)
         return self.with_target(streams, x)
+
+    def scaled(self, gradient: Tensor, signs: Tensor | None) -> Tensor:
+        """The gradient of what the factor scales, from that of the step's result."""
+        result = gradient if self.factor == 1 else gradient * self.factor
+        return result if signs is None else result * signs
 
     def with_target(self, streams: Streams, value: Tensor) -> Streams:
         """The streams with another one in the place of that which the step changes."""
@@ -107,6 +142,17 @@ class Coupling:
     newest: Literal[0, 1]
     output: tuple[float, float]
     splits: bool = False
+
+    @property
+    def random(self) -> bool:
+        """Whether signs are drawn in training only, and the network is the plain model in evaluation."""
+        return any(step.sign == "random" for step in self.steps)
+
+    def options(self) -> dict[str, Any]:
+        """The options of `make_coupling` that make this coupling, but for its name."""
+        factors = {name: step.factor for name, step in zip(_factor_names(self.name), self.steps, strict=False)}
+        granularity = "block" if self.splits and self.name == "momentum" else "layer"
+        return {**factors, "output": self.output, "granularity": granularity, "sign": self.steps[0].sign}
 
     def switched(self, pair: tuple) -> tuple:
         """Switches a pair (streams, gradients) if this coupling does; it is its own inverse."""
@@ -146,6 +192,7 @@ def make_coupling(
     gamma: float | None = None,
     output: OutputRule | None = None,
     granularity: str = "layer",
+    sign: str = "fixed",
 ) -> Coupling:
     """Builds a coupling by name.
 
@@ -161,9 +208,11 @@ def make_coupling(
         output: "mean", "newest" or ("sum", s) for newest + s * older; None for the coupling's own.
         granularity: what momentum takes as its F: "layer", or "block" for the attention and the feed-forward block in
             turn.
+        sign: that of momentum's gamma: "fixed", or "random" for a draw for each sample in each step of training.
 
     Raises:
-        ConfigError: unknown name, a factor or granularity the coupling does not have, or an output rule that is none.
+        ConfigError: unknown name, a factor, granularity or sign the coupling does not have, or an output rule that is
+            none.
     """
     if name not in COUPLINGS:
         raise ConfigError(
@@ -181,14 +230,25 @@ def make_coupling(
             f'granularity={granularity!r} does not go with coupling={name!r}. Valid: "layer", and for "momentum" also '
             '"block"; "meft3" couples blocks as it is. Choose one of these.'
         )
+    if sign not in SIGNS or (sign == "random" and name != "momentum"):
+        raise ConfigError(
+            f'sign={sign!r} does not go with coupling={name!r}. Valid: "fixed", and for "momentum" also "random", '
+            "which draws the sign of gamma in training. Choose one of these."
+        )
     if name == "momentum":
         own = _DEFAULT_GAMMA if gamma is None else gamma
-        steps: tuple[Step, ...] = (Step("F", 0, 1, own, difference=True),)
+        drawn: Literal["fixed", "random"] = "random" if sign == "random" else "fixed"
+        steps: tuple[Step, ...] = (Step("F", 0, 1, own, difference=True, sign=drawn),)
         weights = _output_weights(output or "newest")
+        if drawn == "random" and weights != (0, 1):
+            raise ConfigError(
+                f'output={output!r} does not go with sign="random", which trains for the plain model: that has no '
+                'older stream to read. Valid: "newest". Leave output out, or choose sign="fixed".'
+            )
         if granularity == "layer":
             return Coupling(name, steps, switch=True, newest=1, output=weights)
         # Twice the one step with a switch: the second adds to the stream that the first one read.
-        steps = (*steps, Step("G", 1, 0, own, difference=True))
+        steps = (*steps, Step("G", 1, 0, own, difference=True, sign=drawn))
         return Coupling(name, steps, switch=False, newest=1, output=weights, splits=True)
     own_lam, own_beta = _DEFAULTS[name]
     steps = (Step("F", 0, 1, own_lam if lam is None else lam), Step("G", 1, 0, own_beta if beta is None else beta))

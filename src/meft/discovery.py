@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .architectures import split_of
 from .architectures.repeats import order_of
+from .compilation import uncompiled
 from .errors import ConfigError, UnsupportedModelError
 from .layers import ReversibleLayer
 from .plan import Plan
@@ -95,7 +96,7 @@ class Stack:
                     asked = 'coupling="meft3"' if plan.coupling.name == "meft3" else 'granularity="block"'
                     split_of(pretrained, name, asked)
         self._refuse_widths(model)
-        return Segment(plan, self.name, model, order)
+        return Segment(plan, self.name, model, order, self.layers)
 
     def _refuse_widths(self, model: str) -> None:
         layers = [pretrained_of(layer) for layer in self.layers]
@@ -123,8 +124,9 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
 
     Raises:
         UnsupportedModelError: there is none.
-        ConfigError: a chosen name is none of the model's.
+        ConfigError: a chosen name is none of the model's, or the model is no module.
     """
+    check_module(model, "find_stacks")
     stacks = list(_stacks(model, "", model, model))
     if not stacks:
         recurrent = next((module for module in model.modules() if _recurrent(module)), None)
@@ -148,14 +150,24 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
     return [stack for stack in stacks if any(_lies_in(stack.name, name) for name in chosen)]
 
 
+def check_module(model: Any, function: str) -> None:
+    """Raises ConfigError if something else than a module was passed as the model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{function} was given a {type(model).__name__} ({model!r:.60}) as its model. Valid is a torch.nn.Module: "
+            "a model of Transformers (AutoModel...from_pretrained), or one that PEFT has put adapters in."
+        )
+
+
 def pretrained_of(layer: nn.Module) -> nn.Module:
-    """Returns the pretrained layer that a wrapper stands in for, or the layer itself."""
+    """Returns the pretrained layer that a wrapper or `torch.compile` stands in for, or the layer itself."""
+    layer = uncompiled(layer)
     return layer.pretrained if isinstance(layer, ReversibleLayer) else layer
 
 
 def _stacks(module: nn.Module, name: str, parent: nn.Module, owner: nn.Module) -> Iterator[Stack]:
     if isinstance(module, nn.ModuleList) and len(module):
-        if all(_is_layer(_uncompiled(layer)) for layer in module) and not all(map(_convolutional, module)):
+        if all(_is_layer(uncompiled(layer)) for layer in module) and not all(map(_convolutional, module)):
             yield Stack(name, module, parent, owner)
             return
     elif isinstance(module, PreTrainedModel):
@@ -194,16 +206,6 @@ def _convolutional(layer: nn.Module) -> bool:
     return bool(kinds) and not any(isinstance(module, nn.Linear) for module in kinds)
 
 
-def _uncompiled(layer: nn.Module) -> nn.Module:
-    """The layer that `torch.compile` wrapped, or the layer itself."""
-    return getattr(layer, "_orig_mod", layer)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tells whether `torch.compile` wrapped a module, or compiled it in place."""
-    return module is not _uncompiled(module) or module._compiled_call_impl is not None
-
-
 def _recurrent(module: nn.Module) -> bool:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase) or _RECURRENT.search(type(module).__name__):
         return True
@@ -225,12 +227,6 @@ def _refuse(layer: nn.Module, name: str) -> None:
     for module in layer.modules():
         if _recurrent(module):
             raise _recurrent_error(name, module)
-    if is_compiled(layer):
-        raise UnsupportedModelError(
-            f"{name} was compiled by itself, and a reversible layer would run it uncompiled. Make the model reversible "
-            "first and compile the modules inside its layers (layer.mlp.compile()), or compile the whole model "
-            "afterwards (torch.compile(model))."
-        )
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         raise UnsupportedModelError(
             f"{name} has forward-pre or backward hooks, which a reversible layer would not run. Remove them before "

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .checks import check_backward, check_leaves
+from .checks import check_backward, check_leaves, check_programs, programs_of
 from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad
 from .routes import Attach, Readout, Route, placeholder
@@ -68,6 +68,7 @@ class Layer:
         modules: every module the functions run, for their training flags and buffers.
         tile_sizes: for functions that act on each token alone, how many tokens to give them at once.
         vet: look whether the functions use tensors that require gradients and are none of the above.
+        compiled: whether parts of the functions are compiled, and must be the same programs in both passes.
     """
 
     functions: Mapping[str, Function]
@@ -76,6 +77,7 @@ class Layer:
     modules: tuple[nn.Module, ...] = ()
     tile_sizes: Mapping[str, int] = field(default_factory=dict)
     vet: bool = False
+    compiled: bool = False
 
     def tiles(self, step: Step, shape: torch.Size) -> list[slice]:
         """The tiles of tokens in which a step is taken; one, if its function needs them all."""
@@ -169,9 +171,11 @@ class _ReversibleStep(torch.autograd.Function):
         anchor = streams if tape.anchored(below) else ()
         ctx.outside = tuple(tensor.detach().requires_grad_() for tensor in layer.outside)
         ctx.step, ctx.last = tape.coupling.steps[index], index == len(tape.coupling.steps) - 1
+        # Kept, one byte a sample: a second draw would need the generator's state, 5 kB on a CPU.
+        ctx.signs = ctx.step.signs(tape.shape, tape.device)
         residues: list[Tensor] = []
         further: list[Tensor] = []
-        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.outside, residues, further)
+        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, ctx.outside, residues, further)
         ctx.save_for_backward(*anchor, *residues)
         tell_residues(residues)
         ctx.set_materialize_grads(False)
@@ -195,7 +199,7 @@ class _ReversibleStep(torch.autograd.Function):
         rest: list[Tensor | None] = [None] * (len(layer.outside) + len(layer.parameters))
         # The lowest trainable step's input gets no gradient, and no step below needs its streams.
         below = any(ctx.needs_input_grad[3:5])
-        pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below)
+        pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below, ctx.signs)
         with requiring_grad(layer.parameters):
             streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
         last = not below or ctx.level == 1
@@ -213,6 +217,7 @@ class _Pending:
         rest: theirs, summed up so far.
         further: those that came for the further outputs of a step's function.
         below: whether the streams below the step want them.
+        signs: those of the step, or None.
     """
 
     streams: list[Tensor | None]
@@ -220,6 +225,7 @@ class _Pending:
     rest: list[Tensor | None]
     further: Sequence[Tensor | None]
     below: bool
+    signs: Tensor | None = None
 
 
 def _take_step(
@@ -227,6 +233,7 @@ def _take_step(
     layer: Layer,
     step: Step,
     streams: Streams,
+    signs: Tensor | None,
     outside: Sequence[Tensor],
     residues: list[Tensor],
     further: list[Tensor],
@@ -238,22 +245,24 @@ def _take_step(
     snapshot = Snapshot.take(tape.device, layer.modules) if step.function in layer.functions else None
     parts = layer.tiles(step, tape.shape)
     pieces = []
+    programs: tuple[type, ...] = ()
     for part in parts:
         tile = (tile_of(streams[0], part), tile_of(streams[1], part))
         value = None
         if snapshot is not None:
             with torch.enable_grad(), private_graph():
                 _, values = _run(tape, layer, step, tile, outside)
+            programs += programs_of(values) if layer.compiled else ()
             value, *rest = (value.detach() for value in values)
             further += rest
             del values
-        tile, coupled = step.forward(tape.arithmetic, tile, value)
+        tile, coupled = step.forward(tape.arithmetic, tile, value, _signs_of(signs, tape.shape, part))
         pieces.append(tile[step.target])
         residues += [] if coupled.residue is None else [coupled.residue]
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
     streams = step.with_target(streams, joined(pieces, tape.shape))
-    return streams, None if snapshot is None else snapshot.settled()
+    return streams, None if snapshot is None else snapshot.settled(programs)
 
 
 def _undo_step(
@@ -271,6 +280,7 @@ def _undo_step(
     gradients = _Tiled(step, pending, tape.shape, len(parts))
     pieces: list[Tensor] = []
     drawn: list[RngState] | None = [] if len(parts) > 1 else None
+    programs: tuple[type, ...] = ()
     for index, part in enumerate(parts):
         tile = (tile_of(streams[0], part), tile_of(streams[1], part))
         source: Tensor | None = None
@@ -278,19 +288,29 @@ def _undo_step(
         if snapshot is not None:
             with torch.enable_grad(), private_graph(), snapshot.replayed(drawn):
                 source, values = _run(tape, layer, step, tile, outside)
+            programs += programs_of(values) if layer.compiled else ()
         # Edges of the graph instead of its outputs: what the function returned is not needed once it is subtracted.
         edges = [(get_gradient_edge(value), value.dtype) if value.requires_grad else None for value in values]
         value = values[0].detach() if values else None
         del values
-        tile = step.inverse(tape.arithmetic, tile, value, residues[index] if residues else None, in_place=tape.in_place)
+        signs = _signs_of(pending.signs, tape.shape, part)
+        residue = residues[index] if residues else None
+        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place)
         del value
         if not tape.in_place:
             pieces.append(tile[step.target])
         gradients.add(part, source, edges)
+    if snapshot is not None:
+        check_programs(tape, snapshot.programs, programs)
     gradients.finish()
     if tape.in_place:
         return streams
     return step.with_target(streams, joined(pieces, tape.shape))
+
+
+def _signs_of(signs: Tensor | None, shape: torch.Size, part: slice) -> Tensor | None:
+    """The signs of a tile's tokens, from those of the samples."""
+    return None if signs is None else tile_of(signs.expand(*shape[:-1], 1), part)
 
 
 def _run(
@@ -351,7 +371,7 @@ class _Tiled:
         streams, step = self.pending.streams, self.step
         above = streams[step.target]
         if above is not None:
-            scaled = above if step.factor == 1 else above * step.factor
+            scaled = step.scaled(above, self.pending.signs)
             streams[step.target] = scaled
             if step.difference:
                 streams[step.source] = _added(streams[step.source], -scaled)
@@ -372,6 +392,7 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
     routes, further = list(handles), []
     for step in tape.coupling.steps:
         function = layer.functions.get(step.function)
+        signs = step.signs(tape.shape, tape.device)
         value = None
         if function is not None:
             source = Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
@@ -380,10 +401,10 @@ def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...
             further += [tensor for _, *rest in values for tensor in rest]
             value = joined([tile for tile, *_ in values], tape.shape)
         detached = None if value is None else value.detach()
-        streams, coupled = step.forward(tape.arithmetic, streams, detached)
+        streams, coupled = step.forward(tape.arithmetic, streams, detached, signs)
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
-        routes[step.target] = Route.apply(step, routes[step.target], routes[step.source], value)
+        routes[step.target] = Route.apply(step, signs, routes[step.target], routes[step.source], value)
     tape.streams = tape.coupling.switched(streams)
     routes = list(tape.coupling.switched(tuple(routes)))
     newest = tape.coupling.newest
@@ -395,8 +416,10 @@ def _handles(tape: Tape, *, visible: bool) -> Handles:
     """Fresh handles of the tape's streams; with `visible`, the newest stream's is its value."""
     assert tape.streams is not None
     newest = tape.coupling.newest
-    # A fresh alias: autograd marks a node's outputs, and the tape must not hold on to the graph.
-    shown = tape.hidden(newest).view(tape.shape) if visible else tape.streams[0].new_empty((), dtype=tape.dtype)
+    shown = tape.hidden(newest) if visible else tape.streams[0].new_empty((), dtype=tape.dtype)
+    if shown is tape.streams[newest]:
+        # A fresh alias: autograd marks a node's outputs, and the tape must not hold on to the graph.
+        shown = shown.view(tape.shape)
     first, second = (placeholder(shown, tape.shape) for _ in range(2))
     if not visible:
         return first, second

@@ -7,7 +7,9 @@ starts the tape, the last one applies the output rule.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,17 @@ from transformers.utils import logging
 
 from .adapters import Bottleneck, behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
-from .calls import Block, Call, recording, split_hidden, split_output, without_cache
+from .calls import Block, Call, recording, recording_off, split_hidden, split_output, without_cache
+from .compilation import Compiler, is_compiled, options_around, options_of, run, surrounding, uncompiled, whole
 from .engine import Layer, finish, readout, run_layer
-from .errors import UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError
 from .segment import Placement, Segment
+from .sharding import check_sharding
 
 logger = logging.get_logger(__name__)
+
+Runner = Callable[[Callable[..., Any], nn.Module, Tensor, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Runs (block, layer, hidden state, args, kwargs): `compilation.run` as it is, a `Compiler` compiled."""
 
 __all__ = ["Placement", "ReversibleLayer", "Segment"]
 
@@ -35,21 +42,28 @@ class ReversibleLayer(nn.Module):
     and adapters put in later see no difference.
 
     Args:
-        layer: the pretrained layer; kept unchanged as `pretrained`.
+        layer: the pretrained layer; kept unchanged as `pretrained`. One that is compiled is compiled here too.
         segment: the stack it belongs to.
         index: its position there, from 0.
     """
 
     gradient_checkpointing = False
+    compiler: Compiler | None = None
 
     def __init__(self, layer: nn.Module, segment: Segment, index: int) -> None:
         super().__init__()
+        options = options_of(layer, segment.layer_name(index))
+        # What `restore` gives back.
+        self.__dict__["replaced"] = layer
+        layer = uncompiled(layer)
         # Not registered as a child, and the registries shared: names stay what they were.
         self.__dict__["pretrained"] = layer
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             setattr(self, registry, getattr(layer, registry))
         self.training = layer.training
         self._placement = Placement(segment, index)
+        if options is not None:
+            self.compile(**options)
 
     def placement(self) -> Placement | None:
         """Where the layer stands and with which adapters; None runs the pretrained layer as it is."""
@@ -68,9 +82,36 @@ class ReversibleLayer(nn.Module):
                 raise
             return getattr(self.pretrained, name)
 
-    # A compiler cannot trace the tape, which outlives the call: layers break its graph and run as they are.
-    @torch.compiler.disable
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the functions that are rebuilt, in place, with the options of `torch.compile`.
+
+        Raises:
+            UnsupportedModelError: the layer has MEFT adapters.
+            ConfigError: the options ask for CUDA graphs, or are not given by name.
+        """
+        placement = self.placement()
+        if placement is None or _has_adapters(placement):
+            raise UnsupportedModelError(
+                f"A layer of {type(self.pretrained).__name__} with MEFT adapters cannot be compiled: hooks place the "
+                "adapters, and a compiled program would fix those of its first call. Compile the whole model "
+                "(torch.compile(model)), which leaves these layers as they are, or use make_reversible with LoRA."
+            )
+        if args:
+            raise ConfigError(
+                f"compile() was given {args[0]!r} by position. The options of torch.compile are named: write "
+                'layer.compile(backend="inductor").'
+            )
+        self.compiler = placement.segment.compiler(kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A constant of the trace if a compiler traces this, as part of the model or of a region of its own.
+        around = options_around() if torch.compiler.is_compiling() else None
+        return self._forward(around, args, kwargs)
+
+    # A compiler cannot trace the tape, which outlives the call: it breaks its graph here, and the layer's functions are
+    # compiled each by itself.
+    @torch.compiler.disable
+    def _forward(self, around: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         placement = self.placement()
         if placement is None:
             return self.pretrained(*args, **kwargs)
@@ -78,31 +119,47 @@ class ReversibleLayer(nn.Module):
         if segment.plan.coupling is not None or segment.frozen(placement.index):
             self._switch_off_checkpointing()
         self._refuse_replica(placement)
+        check_sharding(self, self.pretrained, placement.name)
         hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
-        if self.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and segment.in_training():
             args, kwargs = without_cache(self.pretrained, placement.name, args, kwargs)
             self._unpack()
         if segment.frozen(placement.index):
             with torch.no_grad():
                 return self.pretrained(hidden, *args, **kwargs)
-        if segment.plan.coupling is None:
+        deployed = segment.as_deployed()
+        if deployed:
+            segment.end()  # what a forward pass cut short may have left
+        if deployed or segment.plan.coupling is None:
             output = self._uncoupled(placement, hidden, args, kwargs)
             self._tell_hooks(hidden, args, kwargs, output)
             return output
         try:
-            return self._coupled(placement, hidden, args, kwargs)
+            return self._coupled(placement, self._compiler(placement, around), hidden, args, kwargs)
         except BaseException:
             segment.end()
             raise
 
-    def _coupled(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _compiler(self, placement: Placement, around: int | None) -> Compiler | None:
+        """What compiles this call: only training rebuilds, and what Transformers records is taken from the modules."""
+        if not torch.is_grad_enabled() or not placement.segment.in_training() or recording():
+            return None
+        if _has_adapters(placement):
+            return None
+        options = surrounding(around)
+        return self.compiler if options is None else placement.segment.compiler(options)
+
+    def _coupled(
+        self, placement: Placement, compiler: Compiler | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         segment = placement.segment
         tape = segment.tape(placement.index, hidden)
         position = segment.plan.frozen_layers + tape.forward_depth
-        reversible = self.training and segment.reversible(position)
+        # Of a stack in training every layer is rebuilt, also one that was put into evaluation for its dropout.
+        reversible = torch.is_grad_enabled() and segment.in_training() and segment.reversible(position)
         call = Call(args, kwargs, placement.name)
-        vet = reversible and torch.is_grad_enabled() and segment.vet(placement.index)
-        layer = self._layer(placement, call, hidden, vet=vet)
+        vet = reversible and segment.vet(placement.index)
+        layer = self._layer(placement, call, hidden, compiler, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
         last = position == segment.depth - 1
         if last:
@@ -116,9 +173,9 @@ class ReversibleLayer(nn.Module):
 
     def _uncoupled(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The ordinary layer with the same adapters: f beside its feed-forward, g behind the layer."""
-        layer = self._whole(placement, placement.f)
+        layer = self._whole(placement, placement.f, run)
 
-        def run(hidden: Tensor) -> Any:
+        def forward(hidden: Tensor) -> Any:
             output = layer(hidden, args, kwargs)
             if placement.g is None:
                 return output
@@ -129,13 +186,16 @@ class ReversibleLayer(nn.Module):
             # Its own would leave the adapters out of what is run again.
             self.gradient_checkpointing, self.pretrained.gradient_checkpointing = True, False
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(run, hidden)
-        return run(hidden)
+            return self._gradient_checkpointing_func(forward, hidden)
+        return forward(hidden)
 
-    def _layer(self, placement: Placement, call: Call, hidden: Tensor, *, vet: bool) -> Layer:
+    def _layer(
+        self, placement: Placement, call: Call, hidden: Tensor, compiler: Compiler | None, *, vet: bool
+    ) -> Layer:
         """Describes this call to the engine: the functions F and G of the coupling's table."""
         coupling = placement.segment.plan.coupling
         assert coupling is not None
+        runner: Runner = run if compiler is None else partial(_compiled, compiler)
         tiles: dict[str, int] = {}
         if coupling.splits:
             # meft3 has adapters in both blocks; momentum has one beside the feed-forward, wherever it is.
@@ -144,42 +204,49 @@ class ReversibleLayer(nn.Module):
                 behind_attention, beside_feed_forward = None, placement.f
             split = split_of(self.pretrained, placement.name)
             functions = {
-                "F": call.function("F", self._attention(split, behind_attention)),
-                "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward), main=False),
+                "F": call.function("F", self._attention(split, behind_attention, runner)),
+                "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward, runner), main=False),
             }
             tile = placement.segment.plan.tile(hidden.shape[:-1].numel())
             if tile is not None and not recording() and tokenwise(self.pretrained):
                 tiles["G"] = tile
         else:
-            whole, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
-            inside, alone = (placement.g, placement.f) if whole == "G" else (placement.f, placement.g)
-            functions = {whole: call.function(whole, self._whole(placement, inside))}
+            main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
+            inside, alone = (placement.g, placement.f) if main == "G" else (placement.f, placement.g)
+            functions = {main: call.function(main, self._whole(placement, inside, runner))}
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
-        parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)
-        return Layer(functions, parameters, call.outside, (self.pretrained, *self.modules()), tiles, vet)
+        modules = (self.pretrained, *modules_of(self))
+        own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
+        parameters = tuple(own.values())
+        compiled = compiler is not None or any(map(is_compiled, modules))
+        return Layer(functions, parameters, call.outside, modules, tiles, vet, compiled)
 
-    def _whole(self, placement: Placement, adapter: Bottleneck | None) -> Block:
+    def _whole(self, placement: Placement, adapter: Bottleneck | None, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
         ends = None if adapter is None else feed_forward_of(layer, placement.name, chosen)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # `forward`, not the call: the layer's hooks see the streams' readout instead, once.
+            if placement.segment.plan.coupling is not None:
+                # TRL switches it on again between the forward pass and the recomputation.
+                self._switch_off_checkpointing()
             with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
-                return layer.forward(hidden, *args, **kwargs)
+                return runner(whole, layer, hidden, args, kwargs)
 
         return block
 
-    def _attention(self, split: Architecture, adapter: Bottleneck | None) -> Block:
+    def _attention(self, split: Architecture, adapter: Bottleneck | None, runner: Runner) -> Block:
         layer = self.pretrained
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             with behind(layer.get_submodule(split.attention_exit), adapter):
-                return split.attention_block(layer, hidden, *args, **kwargs)
+                return runner(split.attention_block, layer, hidden, args, kwargs)
 
         return block
 
-    def _feed_forward(self, split: Architecture, placement: Placement, adapter: Bottleneck | None) -> Block:
+    def _feed_forward(
+        self, split: Architecture, placement: Placement, adapter: Bottleneck | None, runner: Runner
+    ) -> Block:
         layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -187,7 +254,7 @@ class ReversibleLayer(nn.Module):
                 if adapter is not None:
                     ends = feed_forward_of(layer, placement.name, chosen)
                     stack.enter_context(beside(*ends, adapter, placement.name))
-                return split.feed_forward_block(layer, hidden)
+                return runner(split.feed_forward_block, layer, hidden, (), {})
 
         return block
 
@@ -212,7 +279,7 @@ class ReversibleLayer(nn.Module):
 
     def _unpack(self) -> None:
         """Takes back what bitsandbytes does to 4-bit weights evaluated on a CPU: packed ones pass no gradient on."""
-        for module in self.modules():
+        for module in modules_of(self):
             quantised = getattr(module._parameters.get("weight"), "quant_state", None)
             if getattr(quantised, "packing_format_for_cpu", False):
                 # Unpacks the weights of the module itself, as it is always asked to before saving.
@@ -243,12 +310,35 @@ def tokenwise(layer: nn.Module) -> bool:
     """
     if getattr(layer, "chunk_size_feed_forward", 0):
         return False
-    for module in layer.modules():
+    for module in modules_of(layer):
         if isinstance(module, _NormBase) or (isinstance(module, _ConvNd) and max(module.kernel_size) > 1):
             return False
-        if "DropPath" in type(module).__name__ or hasattr(module, "expert_capacity"):
+        kind = type(module)
+        # Looked up where it may be: that a module lacks an attribute takes `hasattr` long to find out.
+        if "DropPath" in kind.__name__ or "expert_capacity" in vars(module) or hasattr(kind, "expert_capacity"):
             return False
     return True
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, each once, as `module.modules()` but several times as fast: every call asks."""
+    found = [module]
+    seen = {module}
+    for each in found:
+        for child in each._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def _has_adapters(placement: Placement) -> bool:
+    return placement.f is not None or placement.g is not None
+
+
+def _compiled(compiler: Compiler, *given: Any) -> Any:
+    with recording_off():
+        return compiler(*given)
 
 
 def _with_state(output: Any, state: Tensor) -> Any:

@@ -62,6 +62,7 @@ class Plan:
         feedforward_module: str | None = None,
         granularity: str = "layer",
         tile_size: int | str | None = "auto",
+        sign: str = "fixed",
     ) -> Plan:
         """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
 
@@ -84,7 +85,9 @@ class Plan:
         numbers: Arithmetic = FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()
         steps = None
         if coupling is not None:
-            steps = make_coupling(coupling, lam=lam, beta=beta, gamma=gamma, output=output, granularity=granularity)
+            steps = make_coupling(
+                coupling, lam=lam, beta=beta, gamma=gamma, output=output, granularity=granularity, sign=sign
+            )
             steps.check(numbers)
         reversible = backward == "reversible"
         return cls(
@@ -106,6 +109,12 @@ class Plan:
         assert not isinstance(self.tile_size, str)
         return self.tile_size
 
+    def differences(self, other: Plan) -> str:
+        """Says in which options another plan differs from this one: "gamma 0.25, not 0.125"; empty if in none."""
+        mine, theirs = _options(self), _options(other)
+        names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        return "; ".join(f"{name} {theirs.get(name)!r}, not {mine.get(name)!r}" for name in names)
+
     def check_depth(self, name: str, depth: int) -> None:
         """Raises ConfigError if a stack of `depth` layers is too shallow for the frozen and cached layers."""
         if self.frozen_layers >= depth:
@@ -119,6 +128,19 @@ class Plan:
                 f"layers of {name}. Their sum must be at most {depth}: use at most "
                 f"cached_layers={depth - self.frozen_layers}."
             )
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    """The options of a plan by the names that users know."""
+    coupling = plan.coupling
+    known = {
+        "arithmetic": "exact" if plan.arithmetic.exact else "float",
+        "backward": "reversible" if plan.reversible else "cached",
+        "fraction_bits": getattr(plan.arithmetic, "fraction_bits", None),
+        **{name: getattr(plan, name) for name in ("frozen_layers", "cached_layers", "drift_tolerance")},
+        **{name: getattr(plan, name) for name in ("anchor_every", "feedforward_module", "tile_size")},
+    }
+    return known if coupling is None else {"coupling": coupling.name, **coupling.options(), **known}
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -92,6 +92,7 @@ class Snapshot:
     """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any.
 
     `buffers` are those that the call updates (running statistics of a batch norm): a second call must not do it again.
+    `programs` are the compiled ones that it ran.
     """
 
     rng: RngState | None
@@ -100,6 +101,7 @@ class Snapshot:
     modules: tuple[nn.Module, ...]
     training: tuple[bool, ...]
     buffers: tuple[tuple[nn.Module, str, int], ...] = ()
+    programs: tuple[type, ...] = ()
 
     @classmethod
     def take(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> Snapshot:
@@ -119,12 +121,13 @@ class Snapshot:
             ),
         )
 
-    def settled(self) -> Snapshot:
+    def settled(self, programs: tuple[type, ...] = ()) -> Snapshot:
         """Keeps what the call just made turned out to need: no generator states (5 kB on a CPU) if it drew nothing."""
         rng = self.rng
         if rng is not None and rng.same_as(RngState.take(rng.device)):
             rng = None
-        return replace(self, rng=rng, buffers=tuple(entry for entry in self.buffers if _updated(*entry)))
+        buffers = tuple(entry for entry in self.buffers if _updated(*entry))
+        return replace(self, rng=rng, buffers=buffers, programs=programs)
 
     @contextmanager
     def replayed(self, drawn: list[RngState] | None = None) -> Iterator[None]:

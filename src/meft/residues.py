@@ -6,10 +6,17 @@ ceil(n * bits / 8) bytes, where bits = ceil(log2 m), and `unpack` gives them bac
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 MAX_DIVISOR = 256
+
+# Where several remainders share a byte, as many bytes as share one make up a word of this type, and whole words are
+# shifted at once: a strided pass over each place in a byte takes ten times as long.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LITTLE = sys.byteorder == "little"
 
 
 def bits_for(divisor: int) -> int:
@@ -44,12 +51,15 @@ def pack(remainders: Tensor, bits: int) -> Tensor:
     flat = remainders.reshape(-1)
     size = packed_bytes(flat.numel(), bits)
     per_byte, left_over = divmod(8, bits)
-    if left_over == 0:
-        groups = _grouped(flat.to(torch.uint8), per_byte)
-        packed = groups[:, 0].clone()
+    if bits == 8:
+        return flat.to(torch.uint8, copy=True)
+    if left_over == 0 and _LITTLE:
+        words = _grouped(flat.to(torch.uint8), per_byte).view(_WORDS[per_byte]).reshape(-1)
+        packed = words.clone()
         for slot in range(1, per_byte):
-            packed |= groups[:, slot] << (slot * bits)
-        return packed[:size]
+            # From its own byte down to its place in the lowest one; what lands above is cut off.
+            packed |= words >> slot * (8 - bits)
+        return packed.to(torch.uint8)
     groups = _grouped(flat, 8)
     word = groups[:, 0].to(torch.int64)
     for slot in range(1, 8):
@@ -63,9 +73,15 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     elements = shape.numel()
     mask = (1 << bits) - 1
     per_byte, left_over = divmod(8, bits)
-    if left_over == 0:
-        columns = [(packed >> (slot * bits)) & mask for slot in range(per_byte)]
-        return torch.stack(columns, dim=1).reshape(-1)[:elements].to(torch.int32).reshape(shape)
+    if bits == 8:
+        return packed.to(torch.int32).reshape(shape)
+    if left_over == 0 and _LITTLE:
+        packed = packed.to(_WORDS[per_byte])
+        words = packed.clone()
+        for slot in range(1, per_byte):
+            words |= packed << slot * (8 - bits)
+        words &= int.from_bytes(bytes([mask] * per_byte), "little")
+        return words.view(torch.uint8)[:elements].to(torch.int32).reshape(shape)
     groups = _grouped(packed, bits)
     word = groups[:, 0].to(torch.int64)
     for byte in range(1, bits):

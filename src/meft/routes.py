@@ -32,15 +32,17 @@ class Route(torch.autograd.Function):
     """The gradient of one coupling step, straight through its rounding."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
-        ctx.step, ctx.value_dtype = step, None if value is None else value.dtype
+    def forward(
+        ctx: Any, step: Step, signs: Tensor | None, target: Tensor, source: Tensor, value: Tensor | None
+    ) -> Tensor:
+        ctx.step, ctx.signs, ctx.value_dtype = step, signs, None if value is None else value.dtype
         return placeholder(target)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
-        scaled = gradient if ctx.step.factor == 1 else gradient * ctx.step.factor
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor | None, Tensor | None]:
+        scaled = ctx.step.scaled(gradient, ctx.signs)
         to_source = -scaled if ctx.step.difference else None
-        return None, scaled, to_source, None if ctx.value_dtype is None else gradient.to(ctx.value_dtype)
+        return None, None, scaled, to_source, None if ctx.value_dtype is None else gradient.to(ctx.value_dtype)
 
 
 class Readout(torch.autograd.Function):

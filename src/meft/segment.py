@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Bottleneck
+from .compilation import Compiler
 from .engine import Tape
-from .errors import UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError
 from .plan import Plan
 
 
@@ -24,16 +26,20 @@ class Segment:
         name: the stack's name in the model, for messages.
         model: the model's class, for messages.
         order: index of the layer that each call of a forward pass runs; ALBERT runs one layer many times.
+        layers: the list in the model that holds the layers or their wrappers.
         changes: what conversion changed besides the layers, as (object, attribute, value before).
         hooks: handles of the hooks that conversion put on the model.
+        compilers: those that layers are compiled with, one for each set of options.
     """
 
     plan: Plan
     name: str
     model: str
     order: tuple[int, ...]
+    layers: nn.ModuleList = field(repr=False, compare=False)
     changes: list[tuple[Any, str, Any]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    compilers: list[Compiler] = field(default_factory=list, repr=False, compare=False)
     _running: dict[int, Tape] = field(default_factory=dict, repr=False)
     _vetted: set[int] = field(default_factory=set, repr=False)
 
@@ -51,6 +57,23 @@ class Segment:
     def reversible(self, position: int) -> bool:
         """Whether the call at this position of a forward pass, from 0, is to be rebuilt."""
         return self.plan.reversible and position < self.depth - self.plan.cached_layers
+
+    def as_deployed(self) -> bool:
+        """Whether the layers are to run as the plain model's: random signs are drawn in training only."""
+        coupling = self.plan.coupling
+        return coupling is not None and coupling.random and not self.in_training()
+
+    def in_training(self) -> bool:
+        """Whether the stack is: any of its layers that are not frozen."""
+        return any(layer.training for layer in list(self.layers)[self.plan.frozen_layers :])
+
+    def compiler(self, options: dict[str, Any]) -> Compiler:
+        """The one compiler of all layers that are compiled with these options, for them to share programs."""
+        for compiler in self.compilers:
+            if compiler.options == options:
+                return compiler
+        self.compilers.append(Compiler(options))
+        return self.compilers[-1]
 
     def vet(self, index: int) -> bool:
         """Tells once for every layer that it has not been looked at yet."""
@@ -72,10 +95,12 @@ class Segment:
         if index == self.order[first] and (tape is None or position == first or due != index):
             return self._start(hidden)
         if tape is None or due != index:
+            self._refuse_other_segments()
             reached = "no layer" if tape is None else f"{self.name}.{self.order[position - 1]}"
             raise UnsupportedModelError(
                 f"{self.model} called {self.name}.{index} after {reached}, but a reversible stack runs every layer "
-                "once, in order. Models that skip or repeat layers cannot be made reversible."
+                "once, in order. Models that skip or repeat layers cannot be made reversible; if layers were added or "
+                "taken away since, restore the model and make it reversible again."
             )
         if tape.passed_on(hidden) and _followed(tape, hidden):
             return tape
@@ -113,6 +138,24 @@ class Segment:
             f"that are not used from {self.name} before the model is made reversible, or leave this stack out with "
             "stacks=[...]."
         )
+
+    def _refuse_other_segments(self) -> None:
+        """Raises ConfigError if some of the layers are to follow another adapter's coupling."""
+        couplings: dict[str, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            placed: Callable[[], Placement | None] = getattr(layer, "placement", lambda: None)
+            placement = placed()
+            if placement is None or placement.segment is not self:
+                coupling = None if placement is None else placement.segment.plan.coupling
+                named = "no active adapter" if placement is None else "another adapter"
+                couplings.setdefault(named if coupling is None else f"{named} ({coupling.name})", []).append(index)
+        if couplings:
+            found = "; ".join(f"{name} in layers {indices}" for name, indices in couplings.items())
+            mine = "adapter" if self.plan.coupling is None else self.plan.coupling.name
+            raise ConfigError(
+                f"The layers of {self.name} of {self.model} do not follow one coupling: {mine} in some, but {found}. "
+                "Two streams can follow one only. Activate one adapter in all of them with model.set_adapter(name)."
+            )
 
     def _start(self, hidden: Tensor) -> Tape:
         self.end()

@@ -57,6 +57,17 @@ def residues_told_to(listener: Callable[[Sequence[Tensor]], None]) -> Iterator[N
         _RESIDUES.reset(token)
 
 
+_DRIFT: ContextVar[Callable[[float], None] | None] = ContextVar("meft_drift", default=None)
+
+
+def tell_drift_to(listener: Callable[[float], None] | None) -> None:
+    """Lets a listener hear how far rebuilt streams were off, for every forward pass from now on; None for nobody.
+
+    It is called by the backward pass once for each stack, with the relative deviation: 0 if no bit differs.
+    """
+    _DRIFT.set(listener)
+
+
 def tell_residues(residues: Sequence[Tensor]) -> None:
     """Tells the listener, if there is one, which residues a step has saved."""
     listener = _RESIDUES.get()
@@ -92,7 +103,8 @@ class Tape:
     ) -> None:
         self.coupling, self.arithmetic = coupling, arithmetic
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
-        self.observer = _OBSERVER.get()
+        # The backward pass may run in another thread, which has no context variables of this one.
+        self.observer, self.drift_listener = _OBSERVER.get(), _DRIFT.get()
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
         stream = arithmetic.encode(hidden.detach())
         self.streams: Streams | None = (stream, stream)
@@ -249,10 +261,13 @@ class Tape:
         if self.arithmetic.exact and self.anchor_every is None:
             if not torch.equal(x1, x2):
                 raise ReconstructionError(_reconstruction_message(self, x1, x2))
-            return
-        deviation = relative_deviation(x1, x2)
-        if not deviation <= self.drift_tolerance:
-            warnings.warn(_drift_message(self, deviation), DriftWarning, stacklevel=2)
+            deviation = 0.0
+        else:
+            deviation = relative_deviation(x1, x2)
+            if not deviation <= self.drift_tolerance:
+                warnings.warn(_drift_message(self, deviation), DriftWarning, stacklevel=2)
+        if self.drift_listener is not None:
+            self.drift_listener(deviation)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -20,14 +20,16 @@ from transformers.utils import logging
 
 from .adapters import Bottleneck, new_projections
 from .architectures import feed_forward_of
+from .compilation import is_compiled
 from .config import ADAPTER_ONLY, MeftConfig
-from .convert import prepare_stack, undo
-from .discovery import Stack, find_stacks, is_compiled, pretrained_of
+from .convert import name_units, prepare_stack, undo
+from .discovery import Stack, find_stacks, pretrained_of
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .head import attach, detach
 from .layers import ReversibleLayer
 from .peft_type import MEFT
 from .segment import Placement, Segment
+from .sharding import refuse_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -106,6 +108,11 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         f, g = (self._bottleneck(function, active[0], activation, dropout) for function in ("f", "g"))
         return Placement(segment, index, f, g)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_names, str):
+            _check_single(list(adapter_names))
+        super().set_adapter(adapter_names, inference_mode)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise _cannot_merge()
 
@@ -151,8 +158,10 @@ class MeftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(MeftConfig, self.peft_config[adapter_name])
         plan = config.plan()
+        refuse_sharded(model)
         stacks = find_stacks(model, config.stacks)
         _refuse_plain_reversible(stacks)
+        _refuse_same_name(stacks, adapter_name, config)
         self._check_base(config, stacks)
         # Everything that can be refused is refused here, before the model is changed.
         places = {}
@@ -163,11 +172,12 @@ class MeftModel(BaseTuner):
                 if not segment.frozen(index):
                     pretrained = pretrained_of(layer)
                     feed_forward_of(pretrained, segment.layer_name(index), config.feedforward_module)
-                    _refuse_compiled(pretrained, segment.layer_name(index))
+                    _refuse_compiled(layer, segment.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, segment, index)
         self._places = places
         for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
             prepare_stack(stack, segment)
+        name_units(model, stacks, next(iter(places.values()))[1], MeftLayer.__name__)
         _train_head(model, config)
         # Which layers are taken follows from the model, not from the names in a state dict.
         kwargs.pop("state_dict", None)
@@ -286,6 +296,21 @@ def _refuse_plain_reversible(stacks: list[Stack]) -> None:
             )
 
 
+def _refuse_same_name(stacks: list[Stack], adapter_name: str, config: MeftConfig) -> None:
+    """PEFT only warns when a model is given adapters a second time, and one would take the other's place."""
+    for stack in stacks:
+        for layer in stack.layers:
+            if isinstance(layer, MeftLayer) and adapter_name in layer.meft_places:
+                plan = layer.meft_places[adapter_name][0].plan
+                coupling = ADAPTER_ONLY if plan.coupling is None else plan.coupling.name
+                raise ConfigError(
+                    f"{stack.name} of {type(stack.owner).__name__} has a MEFT adapter {adapter_name!r} already, of "
+                    f"coupling={coupling!r}; another one of coupling={config.coupling!r} cannot take its place. Add it "
+                    "under a name of its own, model.add_adapter(name, config), and switch with "
+                    "model.set_adapter(name); or call model.unload() first."
+                )
+
+
 def _refuse_shared(stack: Stack) -> None:
     """PEFT visits a module once, however often it stands in a list."""
     if len({id(layer) for layer in stack.layers}) < len(stack.layers):
@@ -300,7 +325,7 @@ def _refuse_compiled(layer: nn.Module, name: str) -> None:
     for path, module in layer.named_modules():
         if is_compiled(module):
             raise UnsupportedModelError(
-                f"{path} in {name} is compiled, and a compiled module may leave out the adapters that MEFT places in "
+                f"{path + ' in ' if path else ''}{name} is compiled, and a compiled module may leave out the adapters that MEFT places in "
                 "it. Add the adapter to a model that is not compiled, and compile the whole model afterwards "
                 "(torch.compile(model))."
             )

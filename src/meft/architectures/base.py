@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -68,11 +69,18 @@ def named(layer: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-@cache
 def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    # A compiler traces the inspection once, and warns of caches.
+    return _inspected(forward) if torch.compiler.is_compiling() else _cached(forward)
+
+
+def _inspected(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Names (the hidden state's first) and defaults (without its own) of the parameters of a layer's `forward`."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     by_name = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     rest = by_name[1:]
     defaults = {parameter.name: parameter.default for parameter in rest if parameter.default is not parameter.empty}
     return tuple(parameter.name for parameter in by_name), defaults
+
+
+_cached = cache(_inspected)
