@@ -58,6 +58,8 @@ def main(words: Sequence[str] | None = None) -> DPOTrainer:
         callbacks=[meft.MeftCallback()],
     )
     trainer.train()
+    if trainer.is_fsdp_enabled:  # a sharded model is saved whole only if asked to
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     return trainer
 

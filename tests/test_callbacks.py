@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 import meft
@@ -110,12 +111,15 @@ def test_the_figures_reach_a_tracker_that_is_added_behind(tmp_path: Path) -> Non
 
 def test_drift_is_the_largest_since_the_last_log(tmp_path: Path) -> None:
     """In float arithmetic: what the drift warning compares with the tolerance."""
-    single = run(adapted("opt", "meft1", "CAUSAL_LM", arithmetic="float", drift_tolerance=9.0), tmp_path)
-    each = [entry[DRIFT] for entry in training_logs(single.state.log_history)]
-    assert all(0 < drift < 9 for drift in each) and len(set(each)) == 4
-    model = adapted("opt", "meft1", "CAUSAL_LM", arithmetic="float", drift_tolerance=9.0)
-    pairs = training_logs(run(model, tmp_path, logging_steps=2).state.log_history)
-    assert [entry[DRIFT] for entry in pairs] == [max(each[:2]), max(each[2:])]
+
+    def drifts(logging_steps: int) -> list[float]:
+        model = adapted("opt", "meft1", "CAUSAL_LM", arithmetic="float", drift_tolerance=9.0)
+        trainer = run(model, tmp_path, logging_steps=logging_steps, seed=1)
+        return [entry[DRIFT] for entry in training_logs(trainer.state.log_history)]
+
+    each = drifts(1)
+    assert all(0 < drift < 9 for drift in each) and each[0] > each[1] and each[3] != each[2]
+    assert drifts(2) == [max(each[:2]), max(each[2:])]
 
 
 def test_nothing_is_rebuilt(tmp_path: Path) -> None:
@@ -161,7 +165,9 @@ def test_a_run_after_one_that_was_interrupted(tmp_path: Path) -> None:
         run(meft.make_reversible(lora()), tmp_path, callback, _Stop(), gradient_accumulation_steps=2)
     assert torch.autograd._profiler_enabled()
     logs = training_logs(run(meft.make_reversible(lora()), tmp_path, callback).state.log_history)
-    assert PEAK in logs[-1] and not torch.autograd._profiler_enabled()
+    assert not torch.autograd._profiler_enabled()
+    fresh = training_logs(run(meft.make_reversible(lora()), tmp_path).state.log_history)
+    assert [entry.get(PEAK) for entry in logs] == [entry.get(PEAK) for entry in fresh]
 
 
 def test_nothing_listens_after_the_run(tmp_path: Path) -> None:
@@ -171,3 +177,29 @@ def test_nothing_listens_after_the_run(tmp_path: Path) -> None:
     callback._drift = None
     model(**models.batch("opt", "CAUSAL_LM")).loss.backward()
     assert callback._drift is None
+
+
+def test_on_cuda_every_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was live before a step does not count; of the steps since the last log the largest does."""
+    begun = iter([100, 130, 120])
+    peaks = iter([150, 200, 125])
+    device = torch.device("cuda", 0)
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: next(begun))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: next(peaks))
+    callback, args, control = meft.MeftCallback(), SimpleNamespace(device=device), TrainerControl()
+    state = TrainerState(max_steps=3)
+    callback.on_train_begin(args, state, control)
+    logged = []
+    for step, log in ((1, False), (2, True), (3, True)):
+        callback.on_step_begin(args, state, control)
+        state.global_step = step
+        callback.on_step_end(args, state, control)
+        logs = {"loss": 1.0}
+        if log:
+            callback.on_log(args, state, control, logs=logs)
+            logged.append(logs)
+    callback.on_train_end(args, state, control)
+    assert logged == [{"loss": 1.0, PEAK: 70}, {"loss": 1.0, PEAK: 5}]
+    assert reset == [device] * 3

@@ -163,7 +163,9 @@ def build_trainer(
         callbacks=[*prepared.kind.callbacks(collator), *([EarlyStopping(patience)] if patience else [])],
         **prepared.kind.trainer_options(prepared.spec),
         scorer=prepared.scorer(
-            split, batch_size=arguments.per_device_eval_batch_size, quiet=bool(arguments.disable_tqdm)
+            split,
+            batch_size=arguments.per_device_eval_batch_size,
+            quiet=bool(arguments.disable_tqdm) or arguments.process_index != 0,
         ),
         before_training=before_training,
         extra_files=extra_files,
