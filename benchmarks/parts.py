@@ -11,12 +11,14 @@ from accelerator import CONFIGS, longest_sequences, why_not
 from measuring import Progress, memory_rows, times_of
 from peers import BLOCKS, CHECKPOINTING, FULL, HEADS, LAYERS, LORA, OFFLOAD, PEERS, TILES
 from shapes import Subject, llama_3_2_3b, opt_1_3b, small_llama
+from speed import at_equal_memory, profile_of
 
 from meft import estimate
 
 ALL = tuple(PEERS)
 MAIN = (FULL, LORA, CHECKPOINTING, LAYERS, BLOCKS, TILES)
 TIMED = (CHECKPOINTING, LAYERS, BLOCKS, TILES)
+PROFILED = (*TIMED, "meft1")
 FEW = (FULL, LORA, CHECKPOINTING, TILES)
 """At the longest sequence, of which a step takes long."""
 LONG_CLASSIFIER = (*MAIN, "meft1")
@@ -37,6 +39,7 @@ class Sizes:
         fake: Configurations run on tensors without values, by name; `fake_sequences` their lengths.
         gpu: Names of the configurations for an accelerator; `gpu_budget` bytes to stay within.
         rounds: Timed steps of each method.
+        equal_batch: Sequences that LoRA with checkpointing is given, in whose memory the others take as many as fit.
     """
 
     wide: Subject
@@ -52,6 +55,7 @@ class Sizes:
     gpu: tuple[str, ...]
     gpu_budget: int
     rounds: int
+    equal_batch: int = 4
 
 
 FULL_SIZES = Sizes(
@@ -152,6 +156,18 @@ def times(sizes: Sizes, progress: Progress) -> dict[str, Any]:
     return {"rounds": sizes.rounds, "runs": found}
 
 
+def speed(sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """(c): where the time of both decoders goes, and tokens a second in the same memory."""
+    peers = {name: PEERS[name] for name in PROFILED}
+    subjects = (sizes.wide, sizes.deep)
+    equal = [replace(subject, sequence=subject.sequence // 4, batch=sizes.equal_batch) for subject in subjects]
+    return {
+        "rounds": sizes.rounds,
+        "runs": [profile_of(subject, peers, sizes.rounds, CHECKPOINTING, progress) for subject in subjects],
+        "equal": [at_equal_memory(subject, peers, sizes.rounds, CHECKPOINTING, progress) for subject in equal],
+    }
+
+
 def gpu(sizes: Sizes, progress: Progress) -> dict[str, Any]:
     """(d): longest sequences and tokens a second, on an accelerator."""
     reason = why_not(sizes.gpu_budget)
@@ -161,7 +177,15 @@ def gpu(sizes: Sizes, progress: Progress) -> dict[str, Any]:
     return {"budget_bytes": sizes.gpu_budget, "rows": longest_sequences(configs, PEERS, sizes.gpu_budget, progress)}
 
 
-PARTS = {"classifier": classifier, "decoders": decoders, "head": head, "times": times, "fake": fake, "gpu": gpu}
+PARTS = {
+    "classifier": classifier,
+    "decoders": decoders,
+    "head": head,
+    "times": times,
+    "speed": speed,
+    "fake": fake,
+    "gpu": gpu,
+}
 
 
 def count(part: str, sizes: Sizes) -> int | None:
@@ -171,6 +195,7 @@ def count(part: str, sizes: Sizes) -> int | None:
         "decoders": sum(len(methods) for _, methods in _decoders(sizes)),
         "head": len(HEADS),
         "times": 2 * len(TIMED) * sizes.rounds,
+        "speed": 2 * len(PROFILED) * (2 * sizes.rounds + 1),
         "fake": len(sizes.fake) * len(PEERS) * len(sizes.fake_sequences),
         "gpu": None,
     }[part]

@@ -5,8 +5,8 @@
     python benchmarks/run.py --quick               # small shapes, seconds, to see that everything runs
 
 `classifier`: a RoBERTa-large shape. `decoders`: Llama shapes over lengths and depths, bfloat16. `head`: one of them
-with a vocabulary head. `times`: time of a step. `fake`: shapes of known models on tensors without values. `gpu`:
-longest sequences on an accelerator, where there is one.
+with a vocabulary head. `times`: time of a step. `speed`: where it goes, and tokens a second in equal memory. `fake`:
+shapes of known models on tensors without values. `gpu`: longest sequences on an accelerator, where there is one.
 
 Memory is the peak of a forward and backward pass by `meft.measure`, the same in every run. Times are medians over
 rounds of alternating steps, of the ratios within a round; only these ratios mean anything, and those of a busy machine

@@ -176,6 +176,31 @@ def times_section(found: Found) -> str:
     return "\n\n".join(parts)
 
 
+def speed_section(found: Found) -> str:
+    parts = []
+    for run in found["runs"]:
+        rows = [["method", "step, s", f"of {run['reference']}", "processor, s", f"of {run['reference']}, processor"]]
+        for method, seconds in run["seconds"].items():
+            processor = median(run["processor_seconds"][method])
+            ratios = [f"{run[key][method]:.3f}" for key in ("ratios", "processor_ratios")]
+            rows.append([method, f"{median(seconds):.3f}", ratios[0], f"{processor:.3f}", ratios[1]])
+        parts.append(f"{title_of(run)}, {run['dtype']}, {run['rounds']} rounds.\n\n{table(rows)}")
+        methods = [method for method in run["work"] if method != run["reference"]]
+        lines = [["seconds of the processor", *methods]]
+        for label in run["work"][methods[0]]:
+            lines.append([label, *(f"{run['work'][method][label]:.3f}" for method in methods)])
+        parts.append(table(lines))
+    for run in found["equal"]:
+        rows = [["method", "sequences", "tokens a second", f"of {run['reference']}"]]
+        for method, tokens in run["tokens_a_second"].items():
+            rows.append([method, f"{run['batches'][method]}", f"{median(tokens):,.0f}", f"{run['ratios'][method]:.3f}"])
+        parts.append(
+            f"{title_of(run)}, within the {run['budget_bytes'] / MIB:.1f} MiB of activations that {run['reference']} "
+            f"takes, {run['rounds']} rounds.\n\n{table(rows)}"
+        )
+    return "\n\n".join(parts)
+
+
 def fake_section(found: Found) -> str:
     parts = []
     for name in dict.fromkeys(row["model"] for row in found["rows"]):
@@ -210,6 +235,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "decoders": ("Decoders", decoders_section),
     "head": ("With a vocabulary head", head_section),
     "times": ("Time of a step", times_section),
+    "speed": ("Where the time goes", speed_section),
     "fake": ("Known shapes, estimated", fake_section),
     "gpu": ("On an accelerator", gpu_section),
 }
@@ -245,7 +271,7 @@ def put_into_page(page: str, measured: Mapping[str, Found]) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
-    words = ("target", "met", "model", "method", "at the peak, MiB", "a further layer adds")
+    words = ("seconds of the processor", "target", "met", "model", "method", "at the peak, MiB", "a further layer adds")
     alignment = ["---" if name in words else "---:" for name in head]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, alignment, *body])
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-PARTS = ("classifier", "decoders", "head", "times", "gpu")
+PARTS = ("classifier", "decoders", "head", "times", "speed", "gpu")
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[dict[str, ModuleType]]:
     """The scripts import one another as neighbours."""
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("run", "parts", "tables", "figures", "measuring", "accelerator", "peers", "shapes")
+    names = ("run", "parts", "tables", "figures", "measuring", "accelerator", "peers", "shapes", "speed")
     before = set(sys.modules)
     try:
         yield {name: __import__(name) for name in names}
@@ -77,6 +77,24 @@ def test_tables_have_every_method(bench: dict[str, ModuleType], folder: Path, me
         section = bench["tables"].section(part, measured)
         assert section in (folder / "benchmarks.md").read_text()
         assert all(f"| {method} |" in section for method in methods)
+
+
+def test_a_profile_accounts_for_all_seconds_and_a_batch_fits(
+    bench: dict[str, ModuleType], measured: dict[str, Any]
+) -> None:
+    labels = {*bench["speed"].WORK, bench["speed"].REST}
+    for run in measured["speed"]["runs"]:
+        assert set(run["work"]) == set(run["seconds"]) == set(bench["parts"].PROFILED)
+        for method, work in run["work"].items():
+            assert set(work) == labels and all(seconds >= 0 for seconds in work.values())
+            assert (work["coupling and its inverse"] > 0) == (method != run["reference"])
+    for run in measured["speed"]["equal"]:
+        assert run["batches"][run["reference"]] == run["batch"]
+        # In the memory of one method, a method that takes less of it has room for more.
+        assert min(run["batches"].values()) >= 1
+        assert run["ratios"][run["reference"]] == 1
+    section = bench["tables"].section("speed", measured)
+    assert all(f"| {label} |" in section for label in labels)
 
 
 def test_causes_sum_to_the_peak_and_coupled_layers_save_nothing(
