@@ -63,7 +63,9 @@ def main(words: Sequence[str] | None = None) -> None:
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True)
-    pretraining = parts.add_parser("pretrain", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    pretraining = parts.add_parser(
+        "pretrain", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     pretraining.set_defaults(run=pretrain)
     pretraining.add_argument("--data_dir", type=Path, required=True, help="CIFAR-10 as PNG batches")
     pretraining.add_argument("--output_dir", type=Path, required=True, help="where the model goes")
@@ -75,7 +77,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     pretraining.add_argument("--learning_rate", type=float, default=1e-3, help="at its highest")
     pretraining.add_argument("--seed", type=int, default=0, help="of everything random")
     pretraining.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
-    tuning = parts.add_parser("finetune", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    tuning = parts.add_parser("finetune", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     tuning.set_defaults(run=finetune)
     tuning.add_argument("--data_dir", type=Path, required=True, help="CIFAR-10 as PNG batches")
     tuning.add_argument("--model_dir", type=Path, required=True, help="what pretrain saved")

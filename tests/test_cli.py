@@ -67,7 +67,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert run("train", *words, "--method=meft9", f"--output_dir={tmp_path / 'run'}") == 2
     shown = capsys.readouterr()
     assert shown.err == (
-        "Error: method is 'meft9'; it must be one of full, lora, adapter, meft1, meft2, meft3, momentum.\n"
+        "Error: method is 'meft9'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum.\n"
     )
     assert shown.out == ""
     assert run("train", "--taks=rte") == 2

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meft.errors import CheckpointError, ConfigError, DataError, MissingPackageError, UnsupportedModelError
@@ -131,6 +132,19 @@ def test_batches_are_padded_on_the_right_without_a_loss(model: Path) -> None:
     assert batch["input_ids"].tolist() == [[0, 5, 6], [0, 7, tokenizer.pad_token_id]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 7, -100]]
+
+
+@pytest.mark.parametrize("method", ["lora", "momentum"])
+def test_accumulated_batches_train_like_one(method: str, arc: list[str], tmp_path: Path) -> None:
+    """Answers have different lengths, and the loss is a mean over their tokens, not over batches."""
+    model = make_language_model(tmp_path / "opt")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dropout": 0.0}))
+    for name, words in (("one", []), ("two", ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"])):
+        train(model, arc, tmp_path / name, f"--method={method}", *STEPS, "--optim=sgd", "--max_grad_norm=0", *words)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-7)
 
 
 def test_scores_choose_the_best_checkpoint(model: Path, arc: list[str], tmp_path: Path) -> None:

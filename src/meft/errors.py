@@ -56,7 +56,7 @@ class BusyFolderError(OutputFolderError):
 
 
 class MissingPackageError(MeftError, ImportError):
-    """A package that only the demo needs is not installed."""
+    """A package that only some commands need is not installed."""
 
 
 class MeftWarning(UserWarning):

@@ -7,65 +7,13 @@ from typing import Any
 import datasets
 import pytest
 
+from glue_layouts import HUB, LAYOUTS, write
 from meft.errors import ConfigError, DataError
 from meft.tasks import GLUE_TASKS, load_glue
 
-# One file of each task in its official layout: name, text, and what must be read from it.
-LAYOUTS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "rte": (
-        'index\tsentence1\tsentence2\tlabel\n0\tA "big cat\tA cat.\tentailment\n1\tNo.\tYes.\tnot_entailment\n',
-        [
-            {"text": 'A "big cat', "text_pair": "A cat.", "label": 0},
-            {"text": "No.", "text_pair": "Yes.", "label": 1},
-        ],
-    ),
-    "cola": (
-        "gj04\t1\t\tHe won't go.\nbc01\t0\t*\tHe go\twon't.\n",
-        [{"text": "He won't go.", "label": 1}, {"text": "He go", "label": 0}],
-    ),
-    "sst2": (
-        "sentence\tlabel\nno wit , only gags \t0\r\nfun\t1\r\n",
-        [{"text": "no wit , only gags ", "label": 0}, {"text": "fun", "label": 1}],
-    ),
-    "mrpc": (
-        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said " yes\tYes\n0\t7\t9\tA\tB\n',
-        [{"text": 'He said " yes', "text_pair": "Yes", "label": 1}, {"text": "A", "text_pair": "B", "label": 0}],
-    ),
-    "stsb": (
-        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
-        "0\tm\tf\t2012\t1\tnone\tnone\tA\tB\t5.000\n1\tm\tf\t2012\t2\tnone\tnone\tC\tD\t2.5\n",
-        [{"text": "A", "text_pair": "B", "label": 5.0}, {"text": "C", "text_pair": "D", "label": 2.5}],
-    ),
-    "qqp": (
-        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow?\t0\n4\t5\tcut\n6\t7\t8\tA?\tB?\t1\n",
-        [{"text": "Why?", "text_pair": "How?", "label": 0}, {"text": "A?", "text_pair": "B?", "label": 1}],
-    ),
-    "mnli": (
-        "index\tpromptID\tpairID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n"
-        "0\t1\t1n\tx\tA\tB\tneutral\tneutral\n1\t1\t1n\tx\tC\tD\tneutral\tcontradiction\n",
-        [{"text": "A", "text_pair": "B", "label": 1}, {"text": "C", "text_pair": "D", "label": 2}],
-    ),
-    "qnli": (
-        "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tentailment\n1\tA?\tB\tnot_entailment\n",
-        [{"text": "Who?", "text_pair": "He.", "label": 0}, {"text": "A?", "text_pair": "B", "label": 1}],
-    ),
-    "wnli": (
-        "index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n1\tC\tD\t0\n",
-        [{"text": "A", "text_pair": "B", "label": 1}, {"text": "C", "text_pair": "D", "label": 0}],
-    ),
-}
-
-
-def write(folder: Path, task: str, content: str, names: tuple[str, ...] = ("train", "dev")) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        for kind in ("_matched", "_mismatched") if task == "mnli" and name != "train" else ("",):
-            (folder / f"{name}{kind}.tsv").write_bytes(content.encode())
-    return folder
-
 
 def test_every_task_has_a_layout_here() -> None:
-    assert set(LAYOUTS) == set(GLUE_TASKS)
+    assert set(LAYOUTS) == set(HUB) == set(GLUE_TASKS)
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -162,24 +110,35 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
         load_glue("squad", None)
 
 
-def fake_hub(rows: dict[str, dict[str, list[Any]]]) -> Callable[..., datasets.Dataset]:
+def fake_hub(task: str, columns: dict[str, list[Any]]) -> Callable[..., datasets.Dataset]:
     def load_dataset(path: str, name: str, *, split: str, cache_dir: str | None) -> datasets.Dataset:
-        assert (path, name) == ("nyu-mll/glue", "mrpc")
-        return datasets.Dataset.from_dict(rows[split])
+        assert (path, name) == ("nyu-mll/glue", task)
+        rows = columns | {"idx": [0, 1]}
+        return datasets.Dataset.from_dict(rows | {"label": [-1, -1]} if split.startswith("test") else rows)
 
     return load_dataset
 
 
-def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"sentence1": ["A", "C"], "sentence2": ["B", "D"], "label": [1, 0], "idx": [0, 1]}
-    hidden = rows | {"label": [-1, -1]}
-    monkeypatch.setattr(datasets, "load_dataset", fake_hub({"train": rows, "test": hidden}))
+@pytest.mark.parametrize("task", HUB)
+def test_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", fake_hub(task, HUB[task]))
+    data = load_glue(task, None, ["train", "validation", "test"])
+    single = task in ("cola", "sst2")
+    texts = (
+        [{"text": "A"}, {"text": "C"}] if single else [{"text": "A", "text_pair": "B"}, {"text": "C", "text_pair": "D"}]
+    )
+    labels = [5.0, 2.5] if task == "stsb" else [0, 1]
+    for split, rows in data.splits.items():
+        known = [{} if split.startswith("test") else {"label": label} for label in labels]
+        assert list(rows) == [text | label for text, label in zip(texts, known, strict=True)]
+    matched = [f"{split}_{kind}" for split in ("validation", "test") for kind in ("matched", "mismatched")]
+    assert list(data.splits) == ["train", *(matched if task == "mnli" else ["validation", "test"])]
+
+
+def test_hub_with_labels_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", fake_hub("mrpc", HUB["mrpc"]))
     data = load_glue("mrpc", None, ["train"], labels=("equivalent", "not_equivalent"))
-    assert list(data.splits["train"]) == [
-        {"text": "A", "text_pair": "B", "label": 0},
-        {"text": "C", "text_pair": "D", "label": 1},
-    ]
-    assert load_glue("mrpc", None, ["test"]).splits["test"].column_names == ["text", "text_pair"]
+    assert data.splits["train"]["label"][:] == [1, 0]
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,9 +247,16 @@ def test_classes_without_a_row(tmp_path: Path) -> None:
 
 def test_a_model_that_has_learnt_another_order_keeps_it(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, PETS)
-    assert load_images("imagefolder", folder, learnt=("Dog", "cat")).spec.labels == ("dog", "cat")
-    assert load_images("imagefolder", folder, learnt=("dog", "emu")).spec.labels == ("cat", "dog")
-    assert load_images("imagefolder", folder, learnt=("LABEL_0", "LABEL_1")).spec.labels == ("cat", "dog")
+    assert load_images("imagefolder", folder, outputs=("Dog", "cat")).spec.labels == ("dog", "cat")
+    assert load_images("imagefolder", folder, outputs=("dog", "emu")).spec.labels == ("cat", "dog")
+    assert load_images("imagefolder", folder, outputs=("LABEL_0", "LABEL_1")).spec.labels == ("cat", "dog")
+
+
+def test_a_trained_model_keeps_its_classes_whatever_the_rows_have(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, {"test": {"bat": 2, "dog": 1}})
+    data = load_images("imagefolder", folder, ("test",), trained=("emu", "dog", "cat"))
+    assert data.spec.labels == ("emu", "dog", "cat") and labels_of(data.splits["test"]) == [1]
+    assert data.notes == ("2 of 3 test rows are of other classes than emu, dog, cat and are left out.",)
 
 
 # -- archives --------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_what_is_random_depends_on_seed_epoch_and_row_alone() -> None:
         assert not torch.equal(first, other)
 
 
-def test_worker_processes_see_the_epoch(tmp_path: Path) -> None:
+def test_worker_processes_see_the_epoch() -> None:
     """They live on from epoch to epoch, with the collator as it was when they were started."""
     collate = collator()
     assert collate._seed_and_epoch.is_shared()

@@ -45,7 +45,8 @@ class TaskData:
         splits: Rows by split: `"train"`, `"validation"` (for MNLI `"validation_matched"` and
             `"validation_mismatched"`), `"test"`. The columns of texts to be classified are `text`, `text_pair` where
             there are two, and `label` where the split has labels (an int64 index, or a float for regression); those of
-            questions are `prompt`, `choices` and, where it is known, `answer`, the index of the right choice.
+            questions are `prompt`, `choices` and, where it is known, `answer`, the index of the right choice; those of
+            images are `image` as stored, `label`, and in training `row` and `mirror` (`meft.tasks.images`).
         notes: What the user should know about the rows, in sentences.
     """
 

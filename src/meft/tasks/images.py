@@ -1,7 +1,7 @@
-"""Image classification: a folder of the user's own, CIFAR-10, CIFAR-100 and SVHN, from local files or from the hub.
+"""The rows of an image task: which splits, which classes, in which order, and what is held out for validation.
 
-CIFAR (Krizhevsky 2009) and SVHN (Netzer et al. 2011) have training and test rows and no validation rows. Either a
-share of the training rows is held out, the same rows in every run, or the test rows stand in, which is said.
+Where a task has no validation rows, either a share of the training rows is held out, the same rows in every run, or
+the test rows stand in, which is said.
 """
 
 from __future__ import annotations
@@ -18,72 +18,12 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from meft.errors import ConfigError, DataError
-from meft.tasks.base import LABEL, TaskData, TaskSpec, require_file
-from meft.tasks.image_files import (
-    Labelled,
-    class_names,
-    has_png_batches,
-    image_folder_splits,
-    read_binary,
-    read_image_folder,
-    read_matlab,
-    read_png_batches,
-    some,
-)
+from meft.tasks.base import LABEL, TaskData, TaskSpec
+from meft.tasks.image_files import Labelled, class_names, image_folder_splits, read_image_folder, some
+from meft.tasks.image_tasks import IMAGE_TASKS, from_hub
 from meft.tasks.pixels import IMAGE, MIRROR, ROW
 
-FOLDER = "imagefolder"
 _HOLDOUT_SEED = 0  # of its own, so that runs of different seeds hold out the same rows
-_DIGITS = tuple(str(digit) for digit in range(10))
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """Where the images and labels of one task are.
-
-    Attributes:
-        hub: The hub's dataset; `None` for the user's own folder.
-        config: Which of its configurations.
-        image, label: Its columns.
-        labels: Names of the classes as the archives number them; empty where they stand in a file beside the images.
-        mirror: Whether a mirrored image is of the same class: not so for digits.
-        read: Reads a split of the task's own archive, unpacked into a folder.
-    """
-
-    hub: str | None = None
-    config: str | None = None
-    image: str = "image"
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    mirror: bool = True
-    read: Callable[[Path, str, Sequence[str]], Labelled] | None = None
-
-
-def _read_cifar10(folder: Path, split: str, names: Sequence[str]) -> Labelled:
-    if has_png_batches(folder):
-        return read_png_batches(folder, split, names)
-    folder = _archive(folder, "cifar-10-batches-bin", "cifar-10-batches-py")
-    files = ["test_batch.bin"] if split == "test" else [f"data_batch_{number}.bin" for number in range(1, 6)]
-    return read_binary([folder / file for file in files], names)
-
-
-def _read_cifar100(folder: Path, split: str, names: Sequence[str]) -> Labelled:
-    folder = _archive(folder, "cifar-100-binary", "cifar-100-python")
-    listed = require_file(folder / "fine_label_names.txt", "the names of the classes").read_text("utf-8").split()
-    return read_binary([folder / f"{split}.bin"], names or listed, label_bytes=2)
-
-
-def _read_svhn(folder: Path, split: str, names: Sequence[str]) -> Labelled:
-    return read_matlab(folder / f"{split}_32x32.mat", names)
-
-
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_TASKS: dict[str, ImageTask] = {
-    FOLDER: ImageTask(),
-    "cifar10": ImageTask("uoft-cs/cifar10", image="img", labels=_CIFAR10, read=_read_cifar10),
-    "cifar100": ImageTask("uoft-cs/cifar100", image="img", label="fine_label", read=_read_cifar100),
-    "svhn": ImageTask("ufldl-stanford/svhn", "cropped_digits", labels=_DIGITS, mirror=False, read=_read_svhn),
-}
 
 
 def load_images(
@@ -92,7 +32,8 @@ def load_images(
     splits: Sequence[str] = ("train", "validation"),
     *,
     labels: Sequence[str] | None = None,
-    learnt: Sequence[str] | None = None,
+    trained: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
     validation_share: float | None = None,
     cache_dir: str | None = None,
 ) -> TaskData:
@@ -113,7 +54,8 @@ def load_images(
         splits: Any of `"train"`, `"validation"` and `"test"`.
         labels: The classes to take, in the order of the model's outputs. Rows of other classes are left out, and
             counted in the notes. `None` takes all.
-        learnt: How a model calls its outputs: where these are the task's classes, their order is taken.
+        trained: The classes that a model was trained for here, which these rows need not all have.
+        outputs: How a model calls its outputs: where these are the task's classes, their order is taken.
         validation_share: Hold out this share of every class's training rows for validation.
         cache_dir: Where the hub's files are kept.
 
@@ -131,7 +73,8 @@ def load_images(
     source = _source(name, None if data_dir is None else Path(data_dir), cache_dir)
     origins, notes = _origins(name, source, splits, validation_share)
     read = {split: source.read(split) for split in dict.fromkeys(origins.values())}
-    names = _classes(source, read, labels, learnt)
+    _check_labelled(source, read)
+    names = tuple(trained) if trained and labels is None else _classes(source, read, labels, outputs)
     tables = {split: _table(rows, names, IMAGE_TASKS[name].mirror) for split, rows in read.items()}
     for split, table in tables.items():
         notes += _left_out(source, split, len(table), len(read[split].images), names)
@@ -167,7 +110,7 @@ def _source(name: str, folder: Path | None, cache_dir: str | None) -> _Source:
     if folder is None:
         if task.hub is None:
             raise ConfigError(f"task is {name!r} without --data_dir; give the folder that has train and validation.")
-        return _Source(task.hub, ("train", "test"), partial(_from_hub, task, cache_dir=cache_dir))
+        return _Source(task.hub, ("train", "test"), partial(from_hub, task, cache_dir=cache_dir))
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"data_dir is {str(folder)!r}, which {what}. Give the folder that holds the images.")
@@ -214,16 +157,19 @@ def _origins(
     return origins, notes
 
 
-def _classes(
-    source: _Source, read: dict[str, Labelled], labels: Sequence[str] | None, learnt: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The classes to take, in the order of the model's outputs."""
+def _check_labelled(source: _Source, read: dict[str, Labelled]) -> None:
     for split, rows in read.items():
         if rows.names is None and split != "test":
             raise DataError(
                 f"The {split} rows of {source.place} have no labels. Put the images of each class into a folder of its "
                 f"own: {source.place}/{split}/cat/1.png, say."
             )
+
+
+def _classes(
+    source: _Source, read: dict[str, Labelled], labels: Sequence[str] | None, outputs: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The classes to take, in the order of the model's outputs."""
     known = source.classes or next(iter(read.values())).classes
     if labels is not None:
         _check_labels(labels, {*known, *(name for rows in read.values() for name in rows.classes)})
@@ -239,13 +185,13 @@ def _classes(
         raise DataError(
             f"{source.place} has {some(known)} as its only class; there is nothing to learn. Add images of another."
         )
-    return _order(known, learnt)
+    return _order(known, outputs)
 
 
-def _order(known: Sequence[str], learnt: Sequence[str] | None) -> tuple[str, ...]:
+def _order(known: Sequence[str], outputs: Sequence[str] | None) -> tuple[str, ...]:
     """The classes as the model orders them, if it knows the very same: a hub model may well call truck 0."""
     by_lower_case = {name.lower(): name for name in known}
-    order = [by_lower_case.get(str(name).lower(), "") for name in learnt or ()]
+    order = [by_lower_case.get(str(name).lower(), "") for name in outputs or ()]
     return tuple(order) if sorted(order) == sorted(known) else tuple(known)
 
 
@@ -301,31 +247,3 @@ def _hold_out(rows: Dataset, share: float) -> dict[str, Dataset]:
         held += own[:count].tolist()
     kept = np.setdiff1d(np.arange(len(labels)), held)
     return {"train": rows.select(kept), "validation": rows.select(sorted(held))}
-
-
-def _archive(folder: Path, name: str, pickled: str) -> Path:
-    """The folder of the archive's files, whether it or its parent was given."""
-    if (folder / name).is_dir():
-        return folder / name
-    if folder.name == pickled or (folder / pickled).is_dir():
-        raise DataError(
-            f"{folder} holds the Python version of the archive, pickles that can run any code when they are read. "
-            f"Give the binary version instead, the folder {name}."
-        )
-    return folder
-
-
-def _from_hub(task: ImageTask, split: str, cache_dir: str | None) -> Labelled:
-    try:
-        rows: Any = datasets.load_dataset(task.hub, task.config, split=split, cache_dir=cache_dir)
-    except (OSError, ConnectionError, ValueError) as error:
-        raise DataError(
-            f"{task.hub} ({split}) could not be had from the hub: {error} Without a network give local files with "
-            "--data_dir."
-        ) from error
-    for column in (task.image, task.label):
-        if column not in rows.column_names:
-            raise DataError(f"{task.hub} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")
-    names = tuple(rows.features[task.label].names)
-    images = rows.cast_column(task.image, datasets.Image(decode=False))[task.image]
-    return Labelled(list(images), [names[index] for index in rows[task.label]], names)
