@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import meft
+import models
 from meft import cli, storage
 from meft.errors import CheckpointError, ConfigError, OutputFolderError
 from meft.export import Exported
@@ -129,6 +130,21 @@ def test_a_model_trained_in_full(base_folder: Path, tmp_path: Path) -> None:
     assert found.kind == "model" and "AutoModelForCausalLM" in found.code
     for name in ("first", "second"):
         assert_equal(load_file(tmp_path / name / "model.safetensors"), load_file(base_folder / "model.safetensors"))
+
+
+def test_what_conversion_changed_is_not_written(tmp_path: Path) -> None:
+    """Layer drop, which a reversible stack cannot have, is there again."""
+    for name, prepare in (
+        ("full", meft.make_reversible),
+        ("meft", lambda base: get_peft_model(base, meft.MeftConfig(task_type=TASK))),
+    ):
+        base = models.build("opt", TASK, layers=2)
+        base.config.layerdrop = 0.25
+        model = prepare(base)
+        assert base.config.layerdrop == 0
+        written = meft.export(model, tmp_path / name)
+        place = written.folder / ("base" if written.kind == "adapter" else ".")
+        assert json.loads((place / "config.json").read_text())["layerdrop"] == 0.25
 
 
 def test_a_head_for_classes(tmp_path: Path) -> None:

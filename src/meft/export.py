@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
+from transformers.utils import logging
 
+from .config import ADAPTER_ONLY
 from .convert import restore
 from .errors import CheckpointError, ConfigError, OutputFolderError
 from .folders import BASE_FOLDER, TASK_MODELS, adapter_config, is_adapter, load_adapter, load_base, load_model
@@ -30,10 +32,14 @@ from .layers import ReversibleLayer
 from .peft_type import MEFT
 from .storage import publish_folder, read_json, staged, write_json, write_text
 
+logger = logging.get_logger(__name__)
+
 # What belongs to a model besides its weights, by the names that Transformers gives it; and what a run of meft says
 # about its task.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
-_COMPANIONS += ("chat_template*", "preprocessor_config.json", "processor_config.json", "task.json")
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "preprocessor_config.json", "processor_config.json", "task.json"),
+)
 _READMES = {
     "model": "A plain Transformers model, fine-tuned with meft and exported by `meft export`.\n\n{code}\n",
     "adapter": "A MEFT or PEFT adapter with its base model inside, written by `meft export`.\n\n{code}\n",
@@ -140,7 +146,8 @@ def _write_saved(
         return model, "model"
     merges = _merges(adapter_config(source), merge)
     base = load_base(source, base_name, **options)
-    _copy_companions([Path(base.name_or_path), source], staging)
+    _copy_companions([Path(base.name_or_path or source), source], staging)
+    _save_tokenizer_of(base.name_or_path, staging)
     if merges:
         base = _merged(load_adapter(base, source))
         base.save_pretrained(staging)
@@ -159,6 +166,16 @@ def _copy_companions(folders: Iterable[Path], staging: Path) -> None:
             for path in folder.glob(pattern):
                 if path.is_file():
                     shutil.copyfile(path, staging / path.name)
+
+
+def _save_tokenizer_of(name: str | None, staging: Path) -> None:
+    """Writes the tokenizer of a base model on the hub; models of images have none."""
+    if not name or Path(name).is_dir() or (staging / "tokenizer_config.json").exists():
+        return
+    try:
+        AutoTokenizer.from_pretrained(name).save_pretrained(staging)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning(f"{name} has no tokenizer that can be loaded, so none was written: {error}")
 
 
 # -- from memory -----------------------------------------------------------------------------------------------------
@@ -184,9 +201,10 @@ def _write_copy(source: nn.Module, staging: Path, merge: bool | None) -> tuple[P
             os.replace(path, staging / path.name)
         (staging / active).rmdir()
     # Prompts stand outside the model, which then is as it was.
-    base = model.base_model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
-    base.save_pretrained(staging / BASE_FOLDER)
-    return base, "adapter"
+    bare = model.base_model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
+    assert isinstance(bare, PreTrainedModel)
+    bare.save_pretrained(staging / BASE_FOLDER)
+    return bare, "adapter"
 
 
 def _active(model: PeftModel) -> str:
@@ -206,15 +224,15 @@ def _merges(config: PeftConfig | None, merge: bool | None) -> bool:
     """Whether an adapter is to be folded into its base model."""
     if config is None:
         return False
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    mergeable = config.peft_type != MEFT and tuner is not None and issubclass(tuner, BaseTuner)
+    kind = PeftType(config.peft_type)
+    mergeable = kind != MEFT and issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner)
     if merge and not mergeable:
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        coupling = f" (coupling={config.coupling!r})" if config.peft_type == MEFT else ""
-        reason = "two coupled streams are" if config.peft_type == MEFT else "it is"
+        coupling = getattr(config, "coupling", None)
+        named = kind.value if coupling is None else f"{kind.value} (coupling={coupling!r})"
+        reason = "it is not a change" if coupling in (None, ADAPTER_ONLY) else "two coupled streams are not a change"
         raise ConfigError(
-            f"merge was asked for, but an adapter of {kind}{coupling} cannot be merged: {reason} not a change of the "
-            "pretrained weights. Leave merge out, which keeps the adapter beside its base model; or train LoRA under "
+            f"merge was asked for, but an adapter of {named} cannot be merged: {reason} of the pretrained weights. "
+            "Leave merge out, which keeps the adapter beside its base model; or train LoRA under "
             'make_reversible(model, coupling="momentum"), which merges.'
         )
     return mergeable if merge is None else merge

@@ -325,9 +325,9 @@ def _refuse_compiled(layer: nn.Module, name: str) -> None:
     for path, module in layer.named_modules():
         if is_compiled(module):
             raise UnsupportedModelError(
-                f"{path + ' in ' if path else ''}{name} is compiled, and a compiled module may leave out the adapters that MEFT places in "
-                "it. Add the adapter to a model that is not compiled, and compile the whole model afterwards "
-                "(torch.compile(model))."
+                f"{path + ' in ' if path else ''}{name} is compiled, and a compiled module may leave out the adapters "
+                "that MEFT places in it. Add the adapter to a model that is not compiled, and compile the whole model "
+                "afterwards (torch.compile(model))."
             )
 
 
