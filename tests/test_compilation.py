@@ -296,7 +296,7 @@ def test_compiled_layers_take_no_more_memory(granularity: str, tile_size: int | 
     for compiled in (False, True):
         config = LoraConfig(r=4, target_modules="all-linear")
         sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": LAYERS}
-        model = get_peft_model(llama(**sizes, max_position_embeddings=128, use_cache=False).train(), config)
+        model = get_peft_model(llama(**sizes, use_cache=False).train(), config)
         reversible(model, granularity=granularity, tile_size=tile_size)
         for layer in layers_of(model) if compiled else ():
             layer.compile(backend=backend)

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from meft.errors import CheckpointError, ConfigError, DataError
 from meft.methods import METHODS
+from meft.tasks import load_images
+from meft.training.arguments import DataArguments
+from meft.training.kinds.images import ImageClassification
 from pictures import make_batches, make_folder, make_vit, pixels, save
 from tiny import evaluate, make_model, make_rte, train, train_and_die
 
@@ -150,6 +153,11 @@ def test_a_limit_takes_rows_of_every_class(vit: Path, pets: list[str], tmp_path:
     found = train(vit, pets, tmp_path / "run", "--method=lora", *STEPS, "--max_train_samples=6", "--max_eval_samples=5")
     assert found["rows"] == {"train": 6, "validation": 5}
     assert evaluate(tmp_path / "run") == found["metrics"]
+    # The rows of a folder come class by class: the first six are all cats.
+    arguments = DataArguments(task="imagefolder", max_train_samples=6)
+    data = load_images("imagefolder", pets[1].removeprefix("--data_dir="))
+    chosen = [ImageClassification().encode(data, None, None, arguments, print).splits["train"] for _ in range(2)]
+    assert set(chosen[0]["label"]) == {0, 1} and list(chosen[0]["row"]) == list(chosen[1]["row"])
     with pytest.raises(ConfigError, match="max_train_samples is 0; it must be at least 1"):
         train(vit, pets, tmp_path / "none", *STEPS, "--max_train_samples=0")
 

@@ -33,7 +33,7 @@ def check_sharding(layer: nn.Module, pretrained: nn.Module, name: str) -> None:
     Raises:
         UnsupportedModelError: its weights are spread over processes in a way that it cannot be rebuilt under.
     """
-    if any(hasattr(parameter, "ds_status") for parameter in layer.parameters()):
+    if _partitioned(layer):
         raise UnsupportedModelError(
             f"The weights of {name} are partitioned by DeepSpeed ZeRO-3, which takes them away between the forward "
             "pass of a module and its backward pass, so a reversible layer cannot return their gradients. Use ZeRO "
@@ -99,4 +99,5 @@ def _units(model: nn.Module) -> Iterator[str]:
 
 
 def _partitioned(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_status") for parameter in model.parameters())
+    """DeepSpeed marks all parameters or none, so the first one tells: this is asked before every call of a layer."""
+    return hasattr(next(model.parameters(), None), "ds_status")
