@@ -77,11 +77,10 @@ def draw(found: Sequence[Found]) -> Figure:
     panels = figure.subplots(1, 3)
     memory = [None if row.get("activation_bytes") is None else row["activation_bytes"] / figures.MIB for row in found]
     figures.bars(panels[0], names, memory, "{:.1f}", colours)
-    figures.bars(panels[1], names, [row.get("step_seconds") for row in found], "{:.2f}", colours)
+    figures.bars(panels[1], names, [row.get("time_ratio") for row in found], "{:.2f}", colours)
     figures.bars(panels[2], names, [row.get("score") for row in found], "{:.3f}", colours)
-    for axes, label in zip(
-        panels, ("peak of activations, MiB", "time of a step, seconds", figures.score_label(found)), strict=True
-    ):
+    labels = ("peak of activations, MiB", "time of a step / full fine-tuning", figures.score_label(found))
+    for axes, label in zip(panels, labels, strict=True):
         axes.set_xlabel(label)
     for axes in panels[1:]:
         axes.set_yticklabels([])
@@ -102,7 +101,6 @@ STUDY = Study(
         Column("precision", "precision"),
         Column("peak of activations", "activation_bytes", size),
         Column("full fine-tuning", "full_activation_bytes", size),
-        Column("step, s", "step_seconds", plain),
         Column("time / full", "time_ratio", ratio),
         Column("score", "score", score),
         Column("sd over seeds", "score_sd", plain),
