@@ -28,6 +28,7 @@ def images() -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_results(images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = f"--data_dir={make_batches(tmp_path / 'cifar10', {0: 0, 1: 0, 50: 0}, rows=30)}"
     model, runs, results = (tmp_path / name for name in ("vit", "runs", "results"))

@@ -127,5 +127,6 @@ def test_an_unknown_recipe(tmp_path: Path) -> None:
 def test_every_run_of_the_recipes_that_come_with_meft_has_valid_arguments(name: str, tmp_path: Path) -> None:
     from meft.sweep import Sweep
 
-    sweep = Sweep(load_recipe(name, {"use_cpu": ["true"], "seeds": ["0"]}), tmp_path)
+    typed = {"use_cpu": ["true"], "seeds": ["0"], "model_name_or_path": ["some-model"]}
+    sweep = Sweep(load_recipe(name, typed), tmp_path)
     assert sweep.planned() >= len(sweep.recipe.points())
