@@ -127,8 +127,10 @@ def test_a_further_layer_adds_its_residues(bench: dict[str, ModuleType], measure
 
 def test_targets_follow_from_the_numbers(bench: dict[str, ModuleType], measured: dict[str, Any]) -> None:
     targets, tiles = bench["tables"].targets, bench["peers"].TILES
-    assert {target.met for target in targets(measured) if "bits" not in target.text} == {"no"}  # these shapes are small
-    better = copy.deepcopy(measured)
+    worse, better = copy.deepcopy(measured), copy.deepcopy(measured)
+    for run in worse["times"]["runs"]:
+        run["ratios"][tiles] = 1.2  # a step of these small shapes takes what the machine's load makes of it
+    assert {target.met for target in targets(worse) if "bits" not in target.text} == {"no"}  # these shapes are small
     for row in (*better["decoders"]["rows"], *better["classifier"]["rows"]):
         if row["method"] in (tiles, "meft1"):
             row["activation_peak_bytes"] = 1
