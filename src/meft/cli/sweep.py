@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meft.errors import ConfigError
 from meft.storage import write_json, write_text
-from meft.sweep import Recipe, Run, Sweep, builtin_recipes, csv_text, load_recipe, markdown, table_of
+from meft.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, markdown, table_of
 from meft.sweep.figure import scores_figure
 from meft.training.runs import now
 from meft.verify.figure import save_figure
@@ -52,14 +52,15 @@ def sweep_command(
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     with _bar(notes) as progress:
-        bar = progress.add_task(chosen.name, total=sweep.planned(), completed=0)
+        bar = progress.add_task(chosen.name, total=sweep.planned(), completed=len(sweep.outcome().finished))
 
         def finished_one() -> None:
-            _write(chosen, sweep, folder, command)
-            progress.update(bar, completed=len(sweep.outcome().finished) + len(sweep.outcome().failed))
+            outcome = sweep.outcome()
+            _write(chosen, outcome, folder, command)
+            progress.update(bar, completed=len(outcome.finished) + len(outcome.failed))
 
         outcome = sweep.run(finished_one, command=command)
-    text = _write(chosen, sweep, folder, command)
+    text = _write(chosen, outcome, folder, command)
     print(text, end="")
     notes.print(f"Saved {', '.join(TABLE_FILES)} in {folder}", soft_wrap=True)
     if outcome.failed:
@@ -89,13 +90,8 @@ def typed_values(words: Sequence[str]) -> dict[str, list[str]]:
     return {name: values or ["true"] for name, values in found.items()}
 
 
-def recipes_text() -> str:
-    """The names of the recipes that come with `meft`, for the help."""
-    return ", ".join(builtin_recipes())
-
-
-def _write(recipe: Recipe, sweep: Sweep, folder: Path, command: str) -> str:
-    table = table_of(recipe, sweep.outcome()) | {"command": command, "date": now()}
+def _write(recipe: Recipe, outcome: Outcome, folder: Path, command: str) -> str:
+    table = table_of(recipe, outcome) | {"command": command, "date": now()}
     text = markdown(table)
     write_json(folder / "table.json", table)
     write_text(folder / "table.md", text)

@@ -96,7 +96,7 @@ class Sweep:
     def __init__(self, recipe: Recipe, folder: Path, say: Say = print) -> None:
         self.recipe, self.folder, self.say = recipe, folder, say
         self._failed: dict[str, str] = {}
-        self._checked: set[str] = set()
+        self._found: dict[str, dict[str, Any]] = {}
         for run in self.possible():
             self._check(run)
 
@@ -119,7 +119,7 @@ class Sweep:
         """Runs what is not finished: first what a choice looks at, then, with what was chosen, everything else.
 
         Args:
-            finished_one: Called after every run.
+            finished_one: Called after every run that was not finished before.
             command: The command line, for the records of the runs.
         """
         self._run_all(self.looked_at(), finished_one, command)
@@ -144,10 +144,12 @@ class Sweep:
         while waiting:
             busy = []
             for run in waiting:
-                if self._finished(run) is None and not self._train(run, command):
-                    busy.append(run)
-                else:
+                if self._finished(run) is not None:
+                    continue
+                if self._train(run, command):
                     finished_one()
+                else:
+                    busy.append(run)
             if len(busy) == len(waiting):
                 time.sleep(_WAIT)
             waiting = busy
@@ -222,18 +224,19 @@ class Sweep:
         Raises:
             OutputFolderError: The folder holds the results of other arguments.
         """
+        if run.title in self._found:
+            return self._found[run.title]
         found = run.results()
         if found is None:
             return None
-        if run.title not in self._checked:
-            arguments = parse(TRAIN_TYPES, run.words(), command="sweep")
-            changed = differences(found["arguments"], flat(*arguments))
-            if changed:
-                raise OutputFolderError(
-                    f"{run.folder} holds a finished run of other arguments ({'; '.join(changed)}). Nothing was "
-                    "changed. Take the recipe's former values, give another --output_dir, or move that folder aside."
-                )
-            self._checked.add(run.title)
+        arguments = parse(TRAIN_TYPES, run.words(), command="sweep")
+        changed = differences(found["arguments"], flat(*arguments))
+        if changed:
+            raise OutputFolderError(
+                f"{run.folder} holds a finished run of other arguments ({'; '.join(changed)}). Nothing was "
+                "changed. Take the recipe's former values, give another --output_dir, or move that folder aside."
+            )
+        self._found[run.title] = found
         return found
 
     def _train(self, run: Run, command: str) -> bool:
