@@ -22,7 +22,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from transformers.utils import logging
 
 import meft
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import write_json, write_text
 from meft.verify.figure import save_figure
 
@@ -130,7 +129,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def provenance(words: Sequence[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "benchmarks/deploy.py", *map(shortened, words)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": hardware(),
         "versions": versions(),
     }

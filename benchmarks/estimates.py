@@ -13,11 +13,10 @@ import argparse
 import shlex
 import sys
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import write_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +36,7 @@ def main() -> None:
     rows = [row(name(case), *compare(*case)) for case in cases]
     result = {
         "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "largest_error": max(abs(found["peak_error"]) for found in rows),
         "within_one_percent": sum(abs(found["peak_error"]) < 0.01 for found in rows),
         "combinations": rows,

@@ -22,7 +22,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,7 +39,7 @@ from meft.couplings import make_coupling
 from meft.errors import DriftWarning
 from meft.methods import apply_method
 from meft.replay import RngState
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import read_json, write_json, write_text
 from meft.verify import verify
 from meft.verify.figure import error_against_depth, save_figure
@@ -104,7 +103,7 @@ def parse() -> argparse.Namespace:
 def provenance() -> dict[str, Any]:
     return {
         "command": f"python {shlex.join(sys.argv)}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": hardware(),
         "versions": versions(),
     }

@@ -23,7 +23,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from meft.cli.sweep import sweep_command, typed_values
 from meft.methods import count_parameters
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import read_json, write_json, write_text
 from meft.sweep import Run, Sweep, load_recipe, table_of
 from meft.tasks import load_images
@@ -118,7 +117,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
         "settings": {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float))},
         "seconds": time.perf_counter() - begun,
         "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -220,7 +219,7 @@ def finetune(arguments: argparse.Namespace) -> None:
             "images": next(iter(outcome.finished.values()))[1]["rows"] | {"test": test_images(outcome.final[0])},
             **{name: table[name] for name in ("rows", "chosen", "runs", "seeds")},
             "command": command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
             "hardware": hardware(),
             "versions": versions(),
         },

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from tables import as_markdown, put_into_page, section
 from tqdm import tqdm
 from transformers.utils import logging
 
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import read_json, write_json, write_text
 
 HERE = Path(__file__).parent
@@ -82,7 +81,7 @@ def run_part(part: str, sizes: Sizes, command: str, rounds: int | None) -> dict[
         **found,
         "part_seconds": round(time.perf_counter() - begun, 1),
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": hardware() | {"load_before": load},
         "versions": versions(),
     }

@@ -65,3 +65,10 @@ class MeftWarning(UserWarning):
 
 class DriftWarning(MeftWarning):
     """Float arithmetic rebuilt an activation worse than `drift_tolerance` allows."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, as a sentence; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith(".") else f"{text}."

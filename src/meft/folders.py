@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .errors import CheckpointError, ConfigError, MeftError
+from .errors import CheckpointError, ConfigError, MeftError, first_line
 from .storage import check_safetensors
 
 TASK_MODELS: dict[str, Any] = {
@@ -83,7 +83,7 @@ def adapter_config(folder: Path) -> PeftConfig:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG_NAME} cannot be read: {_first_line(error)} Copy the adapter again."
+            f"{folder / CONFIG_NAME} cannot be read: {first_line(error)} Copy the adapter again."
         ) from error
 
 
@@ -150,7 +150,7 @@ def load_model(name: str | Path, model_class: Any, **options: Any) -> PreTrained
         raise
     except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{name} could not be loaded as a model: {_first_line(error)} Give a model's folder or its name on the hub."
+            f"{name} could not be loaded as a model: {first_line(error)} Give a model's folder or its name on the hub."
         ) from error
 
 
@@ -168,7 +168,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path, *, is_trainable: bool = F
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"The adapter in {adapter} does not fit the base model {base.name_or_path}: {_first_line(error)} Give the "
+            f"The adapter in {adapter} does not fit the base model {base.name_or_path}: {first_line(error)} Give the "
             "model that it was trained on with base_model_name_or_path."
         ) from error
 
@@ -191,9 +191,3 @@ def _class_for(config: PeftConfig) -> Any:
     if not task and noted.get("parent_library", "").partition(".")[0] == "transformers":
         return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
     return TASK_MODELS.get(task)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."

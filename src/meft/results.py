@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
@@ -30,6 +31,11 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def without_nan(values: Mapping[str, float]) -> dict[str, float | None]:

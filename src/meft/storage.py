@@ -6,15 +6,16 @@ Everything is written beside its place, forced to disk, and then renamed: a rena
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from meft.errors import CheckpointError
+from meft.errors import CheckpointError, MeftError
 
 STAGING_PREFIX = ".saving-"
 DISCARD_PREFIX = ".removing-"
@@ -34,6 +35,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def finite(value: Any) -> Any:
+    """The same with `None` for numbers that JSON has no name for, in mappings and lists too."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file of `meft`'s own.
 
@@ -44,6 +54,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). It was damaged after it was written.") from error
+
+
+def is_kind(path: Path, kind: str) -> bool:
+    """Whether a file is a result of `meft`'s own that calls itself `kind`."""
+    try:
+        content = read_json(path)
+    except (MeftError, OSError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == kind
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from meft.memory.estimate import estimate
 from meft.memory.recipes import RECIPES, read_recipe
 from meft.memory.report import WEIGHTS, BudgetError, MemoryEstimate
 from meft.memory.sizes import parse_size
-from meft.results import format_bytes, versions
+from meft.results import format_bytes, now, versions
 from meft.storage import write_json
 
 ALL = "all"
@@ -217,7 +216,7 @@ def _record(found: Sequence[MemoryEstimate], failed: Mapping[str, Failure], comm
     return {
         "kind": "meft estimate",
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "estimates": [report.as_dict() for report in found],
         "left_out": {name: str(error) for name, error in failed.items()},
         "versions": versions(),

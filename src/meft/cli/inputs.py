@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from meft.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from meft.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError, first_line
 from meft.folders import TASK_MODELS
 from meft.storage import check_safetensors
 from meft.training.arguments import ModelArguments
@@ -80,11 +80,11 @@ def load_pretrained(
         with quiet_transformers():
             model = TASK_MODELS[task].from_pretrained(name, config=config, **options)
     except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} could not be loaded: {_first_line(error)} Copy or download it again.") from error
+        raise CheckpointError(f"{name} could not be loaded: {first_line(error)} Copy or download it again.") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name} is no model for {task} that Transformers {transformers.__version__} can load: "
-            f"{_first_line(error)} Choose another with --task_type: {', '.join(TASK_MODELS)}."
+            f"{first_line(error)} Choose another with --task_type: {', '.join(TASK_MODELS)}."
         ) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _pad(model.config)
@@ -198,9 +198,3 @@ def _pad(config: PretrainedConfig) -> int:
 
 def _single(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) else token
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from meft.errors import ConfigError
+from meft.results import now
 from meft.storage import write_json, write_text
 from meft.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, markdown, table_of
 from meft.sweep.figure import scores_figure
-from meft.training.runs import now
 from meft.verify.figure import save_figure
 
 TABLE_FILES = ("table.json", "table.md", "table.csv", "table.svg")

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from meft.folders import TASK_MODELS, trained_labels
 from meft.methods import PLAIN_METHODS, MethodOptions, apply_method
 from meft.peft_type import MEFT
 from meft.plan import check_choice, check_integer
-from meft.results import hardware, versions
+from meft.results import hardware, now, versions
 from meft.storage import write_json
 from meft.training.arguments import MeftArguments, ModelArguments, parse
 from meft.training.loading import is_adapter, load_adapter
@@ -212,7 +211,7 @@ def _record(report: VerifyReport, command: str) -> dict[str, Any]:
     return {
         **report.as_dict(),
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": hardware(),
         "versions": versions(),
     }

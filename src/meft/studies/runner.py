@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,15 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from meft.demo import PACKAGE, packaged_model
-from meft.errors import MeftError, MissingPackageError, OutputFolderError
-from meft.results import hardware, versions
-from meft.storage import read_json, write_json, write_text
+from meft.errors import MissingPackageError, OutputFolderError
+from meft.results import hardware, now, versions
+from meft.storage import finite, is_kind, read_json, write_json, write_text
 from meft.studies.base import Cell, FolderArguments, Found, Request, Row, Study, StudyArguments, folder_of
 from meft.studies.quick import quick_defaults
 from meft.studies.report import markdown
 from meft.studies.trained import TRAINING_DEFAULTS
 from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, TrainerArguments
-from meft.training.runs import now
 from meft.verify.figure import save_figure
 
 KIND, CELLS = "meft study", "cells"
@@ -114,7 +112,7 @@ class _Cells:
     def _read(self, path: Path, cell: Cell) -> Found:
         if not path.is_file():
             self._tick(0.0, cell)
-            found = _finite(cell.run(lambda share: self._tick(share, cell)))
+            found = finite(cell.run(lambda share: self._tick(share, cell)))
             write_json(path, {"settings": cell.settings, **self.surroundings, "date": now(), "found": found})
         return dict(read_json(path)["found"])
 
@@ -159,7 +157,7 @@ def _claim(folder: Path, name: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
     taken = [path.name for path in folder.glob(f"{name}.*") if path.suffix in (".json", ".md", ".svg")]
-    if taken and not _is_study(folder / f"{name}.json") and f"{name}.json" in taken:
+    if taken and not is_kind(folder / f"{name}.json", KIND) and f"{name}.json" in taken:
         raise OutputFolderError(
             f"output_dir is {str(folder)!r}, where {name}.json is no result of a study. Nothing was changed. Choose "
             "another --output_dir."
@@ -172,14 +170,6 @@ def _claim(folder: Path, name: str) -> None:
         ) from error
 
 
-def _is_study(path: Path) -> bool:
-    try:
-        content = read_json(path)
-    except (MeftError, OSError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
-
-
 def _together(findings: Sequence[Found]) -> Found:
     """What a row's cells found, with the mean of the scores of several seeds."""
     row: Found = {}
@@ -190,15 +180,6 @@ def _together(findings: Sequence[Found]) -> Found:
         row["scores"], row["score"] = scores, fmean(scores)
         row["score_sd"] = stdev(scores) if len(scores) > 1 else None
     return row
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no name for."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _bar(console: Console) -> Progress:

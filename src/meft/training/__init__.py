@@ -31,7 +31,7 @@ from meft.training.costs import StepCosts
 from meft.training.kinds.base import Say
 from meft.training.loading import ADAPTER_CONFIG
 from meft.training.preparation import TASK_FILE, Prepared, prepare_training
-from meft.training.runs import RESULTS_FILE, claimed, inspect_folder, now
+from meft.training.runs import RESULTS_FILE, claimed, inspect_folder
 from meft.training.selection import EarlyStopping, check_early_stopping, check_metric
 from meft.training.sharing import share_batch
 
@@ -129,7 +129,7 @@ def train(
             "hardware": results.hardware(),
             "command": run.get("command"),
             "started": run.get("started"),
-            "finished": now(),
+            "finished": results.now(),
             "resumed_from": None if start is None else start.name,
             "arguments": arguments,
         }

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
+from meft.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from meft.storage import check_safetensors
 from meft.training.arguments import ModelArguments
 
@@ -155,7 +155,7 @@ def load_adapter(model: PreTrainedModel, path: str, base: str) -> peft.PeftModel
             if isinstance(error, (CheckpointError, ConfigError, UnsupportedModelError)):
                 raise
             raise CheckpointError(
-                f"The adapter in {path} does not fit the base model {base}: {_first_line(error)} "
+                f"The adapter in {path} does not fit the base model {base}: {first_line(error)} "
                 "Give the model that it was trained on with --base_model_name_or_path."
             ) from error
 
@@ -259,12 +259,12 @@ def _loading(name: str, what: str | None = None) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"A file of {name} is not valid JSON ({error}). Copy or download it again.") from error
     except OSError as error:
-        raise CheckpointError(f"{name} could not be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{name} could not be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
         raise CheckpointError(
-            f"The weights of {name} do not have the sizes of the model: {_first_line(error)} For a task head that was "
+            f"The weights of {name} do not have the sizes of the model: {first_line(error)} For a task head that was "
             "trained on another number of labels give --ignore_mismatched_sizes."
         ) from error
     except (ValueError, KeyError) as error:
@@ -272,7 +272,7 @@ def _loading(name: str, what: str | None = None) -> Iterator[None]:
             raise
         kind = f"model for {what}" if what else "model"
         raise UnsupportedModelError(
-            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {_first_line(error)}"
+            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {first_line(error)}"
         ) from error
 
 
@@ -308,9 +308,3 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from meft.errors import BusyFolderError, OutputFolderError
+from meft.results import now
 from meft.storage import read_json, write_json
 
 RUN_FILE, RESULTS_FILE, _LOCK_FILE = "run.json", "results.json", ".lock"
@@ -123,11 +124,6 @@ def claimed(folder: Path, state: State, arguments: Mapping[str, Any], command: s
             run = {"command": command, "started": now(), "arguments": dict(arguments)}
             write_json(folder / RUN_FILE, run)
         yield run
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resume: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from ..storage import finite
 from .figure import Curve, error_against_depth, save_figure
 
 
@@ -135,7 +136,7 @@ class VerifyReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it, numbers that are not finite as None."""
-        found: dict[str, Any] = _finite(asdict(self))
+        found: dict[str, Any] = finite(asdict(self))
         return {"passed": self.passed(), **found}
 
     def __rich__(self) -> RenderableType:
@@ -213,11 +214,3 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.1e}" if math.isfinite(value) else "not finite"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
