@@ -102,12 +102,9 @@ def times_of(
     for each in steps.values():
         each.warm_up()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        # Another one begins in every round: what runs first finds other caches than what runs last.
-        start = turn % len(steps)
-        for name in [*list(steps)[start:], *list(steps)[:start]]:
-            progress(f"{title_of(subject)}, time: {name}")
-            seconds[name].append(steps[name].seconds())
+    for name in in_turn(list(steps), rounds):
+        progress(f"{title_of(subject)}, time: {name}")
+        seconds[name].append(steps[name].seconds())
     return {
         **asdict(subject),
         "rounds": rounds,
@@ -115,6 +112,13 @@ def times_of(
         "seconds": seconds,
         "ratios": {name: ratio(seconds[name], seconds[reference]) for name in seconds},
     }
+
+
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """All names in every round, each time another one first: that finds other caches than what runs last."""
+    for turn in range(rounds):
+        start = turn % len(names)
+        yield from (*names[start:], *names[:start])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

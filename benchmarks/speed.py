@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from measuring import Progress, Steps, ratio, title_of
+from measuring import Progress, Steps, in_turn, ratio, title_of
 from peers import Peer
 from shapes import Subject
 from transformers import PreTrainedModel
@@ -81,14 +81,12 @@ def profile_of(
     clock: dict[str, list[float]] = {name: [] for name in steps}
     processor: dict[str, list[float]] = {name: [] for name in steps}
     work: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        start = turn % len(steps)
-        for name in [*list(steps)[start:], *list(steps)[:start]]:
-            progress(f"{title_of(subject)}, profile: {name}")
-            begun = time.process_time()
-            clock[name].append(steps[name].seconds())
-            processor[name].append(time.process_time() - begun)
-            work[name].append(_work(steps[name]))
+    for name in in_turn(list(steps), rounds):
+        progress(f"{title_of(subject)}, profile: {name}")
+        begun = time.process_time()
+        clock[name].append(steps[name].seconds())
+        processor[name].append(time.process_time() - begun)
+        work[name].append(_work(steps[name]))
     return {
         **asdict(subject),
         "rounds": rounds,

@@ -66,9 +66,9 @@ def load(folder: str | Path, *, is_trainable: bool = False, **options: Any) -> n
     return load_adapter(base, place, is_trainable=is_trainable)
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
-    return (folder / CONFIG_NAME).is_file()
+    return Path(folder, CONFIG_NAME).is_file()
 
 
 def adapter_config(folder: Path) -> PeftConfig:

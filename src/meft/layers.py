@@ -90,7 +90,7 @@ class ReversibleLayer(nn.Module):
             ConfigError: the options ask for CUDA graphs, or are not given by name.
         """
         placement = self.placement()
-        if placement is None or _has_adapters(placement):
+        if placement is None or placement.has_adapters:
             raise UnsupportedModelError(
                 f"A layer of {type(self.pretrained).__name__} with MEFT adapters cannot be compiled: hooks place the "
                 "adapters, and a compiled program would fix those of its first call. Compile the whole model "
@@ -144,7 +144,7 @@ class ReversibleLayer(nn.Module):
         """What compiles this call: only training rebuilds, and what Transformers records is taken from the modules."""
         if not torch.is_grad_enabled() or not placement.segment.in_training() or recording():
             return None
-        if _has_adapters(placement):
+        if placement.has_adapters:
             return None
         options = surrounding(around)
         return self.compiler if options is None else placement.segment.compiler(options)
@@ -330,10 +330,6 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
-
-
-def _has_adapters(placement: Placement) -> bool:
-    return placement.f is not None or placement.g is not None
 
 
 def _compiled(compiler: Compiler, *given: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class Segment:
 
     def in_training(self) -> bool:
         """Whether the stack is: any of its layers that are not frozen."""
-        return any(layer.training for layer in list(self.layers)[self.plan.frozen_layers :])
+        return any(layer.training for layer in islice(self.layers, self.plan.frozen_layers, None))
 
     def compiler(self, options: dict[str, Any]) -> Compiler:
         """The one compiler of all layers that are compiled with these options, for them to share programs."""
@@ -193,6 +194,10 @@ class Placement:
     def name(self) -> str:
         """What messages call the layer."""
         return self.segment.layer_name(self.index)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.f is not None or self.g is not None
 
 
 def _followed(tape: Tape, hidden: Tensor) -> bool:

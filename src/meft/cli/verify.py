@@ -18,14 +18,14 @@ from meft.cli.inputs import load_pretrained, random_batch, text_batch
 from meft.convert import make_reversible
 from meft.couplings import COUPLINGS
 from meft.errors import ConfigError
-from meft.folders import TASK_MODELS, trained_labels
+from meft.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.methods import PLAIN_METHODS, MethodOptions, apply_method
 from meft.peft_type import MEFT
 from meft.plan import check_choice, check_integer
 from meft.results import hardware, now, versions
 from meft.storage import write_json
 from meft.training.arguments import MeftArguments, ModelArguments, parse
-from meft.training.loading import is_adapter, load_adapter
+from meft.training.loading import load_adapter
 from meft.verify import VerifyReport, verify
 from meft.verify.figure import check_figure_path
 

@@ -22,7 +22,8 @@ from meft.studies.base import Cell, Found, Parsed, Request, StudyArguments, Tick
 from meft.training import build_trainer, metrics_of
 from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, TrainerArguments
 from meft.training.checkpoints import CheckpointingTrainer
-from meft.training.costs import measure_costs
+from meft.training.costs import autocast_of, measure_costs
+from meft.training.kinds.base import say_nothing
 from meft.training.loading import load_config
 from meft.training.preparation import Prepared, prepare_training
 from meft.verify.reconstruction import relative_difference
@@ -120,7 +121,7 @@ def ready(request: Request, *words: str) -> Iterator[tuple[CheckpointingTrainer,
             _method_arguments(request, parsed),
             seed=arguments.seed,
             deterministic=arguments.full_determinism,
-            say=_silent,
+            say=say_nothing,
         )
         trainer = build_trainer(prepared, arguments)
         for callback in (PrinterCallback, ProgressCallback):
@@ -199,12 +200,7 @@ def _measure(request: Request, words: tuple[str, ...], steps: int, tick: Tick) -
             steps=steps,
             reference=lambda: reference().to(args.device),
             reference_name="full",
-            autocast=partial(
-                torch.autocast,
-                args.device.type,
-                dtype=torch.float16 if args.fp16 else torch.bfloat16,
-                enabled=args.fp16 or args.bf16,
-            ),
+            autocast=autocast_of(args),
         )
         tick(1.0)
     return {
@@ -250,7 +246,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _silent(_: str) -> None:
-    """What `meft train` says once would be said for every cell."""

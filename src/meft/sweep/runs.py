@@ -21,9 +21,9 @@ from meft.storage import read_json
 from meft.sweep.recipe import Choice, Point, Recipe
 from meft.training import RESULTS_FILE, TRAIN_TYPES, train
 from meft.training.arguments import as_words, flat, parse
+from meft.training.kinds.base import Say, say_nothing
 from meft.training.runs import differences
 
-Say = Callable[[str], None]
 _UNSAFE = str.maketrans({character: "-" for character in '/\\:*?"<>| '})
 # What is counted of rows that were not used as they are.
 LOST = {"truncated_rows": "cut", "skipped_rows": "left out"}
@@ -246,7 +246,7 @@ class Sweep:
         try:
             arguments = parse(TRAIN_TYPES, run.words(), command="sweep")
             with redirect_stdout(sys.stderr):  # the Trainer prints its log there, and the table alone is the output
-                found = train(*arguments, command=command, say=_silent)
+                found = train(*arguments, command=command, say=say_nothing)
         except BusyFolderError:
             return False
         except (OutputFolderError, ConfigError):
@@ -306,10 +306,6 @@ def _ranked(score: float | None) -> float:
 
 def _listed(values: Point) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in values.items())
-
-
-def _silent(_: str) -> None:
-    """What a run would say is in its files; a sweep has a line a run."""
 
 
 def _forget() -> None:

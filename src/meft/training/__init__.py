@@ -28,7 +28,7 @@ from meft.training.arguments import (
 from meft.training.before import REFERENCE, CostsBeforeTraining
 from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from meft.training.costs import StepCosts
-from meft.training.kinds.base import Say
+from meft.training.kinds.base import Say, say_nothing
 from meft.training.loading import ADAPTER_CONFIG
 from meft.training.preparation import TASK_FILE, Prepared, prepare_training
 from meft.training.runs import RESULTS_FILE, claimed, inspect_folder
@@ -84,7 +84,7 @@ def train(
         trainer_arguments.output_dir = str(Path("runs", f"{data_arguments.task or 'files'}-{meft_arguments.method}"))
     folder = Path(trainer_arguments.output_dir or "")
     if not trainer_arguments.should_save:
-        say = _nothing
+        say = say_nothing
     arguments = flat(model_arguments, data_arguments, meft_arguments, run_arguments, trainer_arguments)
     state = inspect_folder(folder, arguments, resume=run_arguments.resume, overwrite=run_arguments.overwrite_run)
     prepared = prepare_training(
@@ -188,10 +188,6 @@ def metrics_of(trainer: CheckpointingTrainer) -> dict[str, float | None]:
 def _wait_for_others(arguments: TrainerArguments) -> None:
     if arguments.world_size > 1:
         torch.distributed.barrier()
-
-
-def _nothing(_: str) -> None:
-    """What processes say that are not the one to speak."""
 
 
 def _checkpoint(folder: Path, arguments: TrainerArguments, say: Say) -> Path | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from meft.storage import read_json, write_json
 from meft.training.arguments import TrainerArguments
-from meft.training.costs import StepCosts, measure_costs
+from meft.training.costs import StepCosts, autocast_of, measure_costs
 from meft.training.kinds.base import Say
 from meft.training.preparation import Prepared
 
@@ -48,12 +46,7 @@ class CostsBeforeTraining:
             steps=self.steps,
             reference=None if build is None else lambda: build().to(args.device),
             reference_name=REFERENCE,
-            autocast=partial(
-                torch.autocast,
-                args.device.type,
-                dtype=torch.float16 if args.fp16 else torch.bfloat16,
-                enabled=args.fp16 or args.bf16,
-            ),
+            autocast=autocast_of(args),
         )
         if build is not None and found.reference is None:
             self.say(f"{REFERENCE} fine-tuning does not fit into the memory of {args.device}: there is no time ratio.")

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from meft.memory.measure import MemoryReport, measure
 
@@ -50,6 +52,16 @@ class StepCosts:
     def step_time_ratio(self) -> float | None:
         """Time of a step over that of the reference."""
         return None if self.reference_step_seconds is None else self.step_seconds / self.reference_step_seconds
+
+
+def autocast_of(arguments: TrainingArguments) -> Callable[[], AbstractContextManager[Any]]:
+    """The precision in which a Trainer of these arguments runs a step."""
+    return partial(
+        torch.autocast,
+        arguments.device.type,
+        dtype=torch.float16 if arguments.fp16 else torch.bfloat16,
+        enabled=arguments.fp16 or arguments.bf16,
+    )
 
 
 def measure_costs(

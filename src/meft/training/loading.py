@@ -39,11 +39,6 @@ _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
 _NO_LIMIT = 10**6
 
 
-def is_adapter(path: str) -> bool:
-    """Whether `path` is a local folder with a PEFT adapter."""
-    return has_file(path, ADAPTER_CONFIG)
-
-
 def has_file(path: str, name: str) -> bool:
     """Whether `path` is a local folder with a file of that name."""
     return (Path(path) / name).is_file()

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, enable_full_determinism, set_seed
 
 from meft.errors import ConfigError, DataError
+from meft.folders import is_adapter
 from meft.methods import apply_method
 from meft.storage import read_json
 from meft.tasks import TaskData, TaskSpec
@@ -85,7 +86,7 @@ def prepare_training(
     """
     kind = kind_of(data_arguments.task)
     name = loading.absolute(model_arguments.model_name_or_path)
-    if loading.is_adapter(name):
+    if is_adapter(name):
         raise ConfigError(f"{name} is an adapter, not a model. Give the base model to train a new adapter on.")
     config = loading.load_config(model_arguments, name, kind.what)
     data = _load_rows(kind, data_arguments, ("train", "validation"), config, None, model_arguments.cache_dir, say)
@@ -123,7 +124,7 @@ def prepare_evaluation(
     kind = kind_of(data_arguments.task)
     name = loading.absolute(model_arguments.model_name_or_path)
     base_name = name
-    if loading.is_adapter(name):
+    if is_adapter(name):
         said = loading.load_adapter_config(name, kind.task_type).base_model_name_or_path
         base_name = loading.absolute(base or said or "")
     config = loading.load_config(model_arguments, base_name, kind.what)

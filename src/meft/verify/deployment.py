@@ -35,8 +35,7 @@ def refuse_deployment(model: nn.Module) -> None:
     """Raises ConfigError if the plain model cannot run what is trained on the coupled one."""
     for placement in _placements(model):
         coupling = placement.segment.plan.coupling
-        adapters = placement.f is not None or placement.g is not None
-        if coupling is not None and coupling.name != "momentum" and adapters:
+        if coupling is not None and coupling.name != "momentum" and placement.has_adapters:
             raise ConfigError(
                 f"deploy was asked for, but there is no plain model that runs the adapters of coupling="
                 f"{coupling.name!r}: they act on two streams, of which it has one. Deploy them with their base model "

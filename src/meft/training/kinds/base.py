@@ -24,6 +24,10 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 Scorer = Callable[[nn.Module], dict[str, float]]
 
 
+def say_nothing(_: str) -> None:
+    """A `Say` for processes that are not the one to speak, and for runs of which something else tells."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Rows as the model takes them.
