@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -36,11 +35,6 @@ def hardware() -> dict[str, Any]:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The same with `None`, which JSON can write, for every number that is not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:

@@ -156,8 +156,8 @@ def _claim(folder: Path, name: str) -> None:
     """Makes the folder, or sees that what stands there under the study's name is an earlier one."""
     if folder.exists() and not folder.is_dir():
         raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
-    taken = [path.name for path in folder.glob(f"{name}.*") if path.suffix in (".json", ".md", ".svg")]
-    if taken and not is_kind(folder / f"{name}.json", KIND) and f"{name}.json" in taken:
+    earlier = folder / f"{name}.json"
+    if earlier.exists() and not is_kind(earlier, KIND):
         raise OutputFolderError(
             f"output_dir is {str(folder)!r}, where {name}.json is no result of a study. Nothing was changed. Choose "
             "another --output_dir."

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft import results
 from meft.errors import ConfigError
 from meft.methods import check_method, count_parameters
-from meft.storage import publish_files, remove_leftovers, staged, write_json
+from meft.storage import finite, publish_files, remove_leftovers, staged, write_json
 from meft.tasks import TaskSpec
 from meft.training.arguments import (
     DataArguments,
@@ -29,7 +30,6 @@ from meft.training.before import REFERENCE, CostsBeforeTraining
 from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from meft.training.costs import StepCosts
 from meft.training.kinds.base import Say, say_nothing
-from meft.training.loading import ADAPTER_CONFIG
 from meft.training.preparation import TASK_FILE, Prepared, prepare_training
 from meft.training.runs import RESULTS_FILE, claimed, inspect_folder
 from meft.training.selection import EarlyStopping, check_early_stopping, check_metric
@@ -37,7 +37,7 @@ from meft.training.sharing import share_batch
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 # A folder without its configuration loads as nothing, so that is published after the weights.
-_PUBLISHED_LAST = ("config.json", ADAPTER_CONFIG)
+_PUBLISHED_LAST = ("config.json", ADAPTER_CONFIG_NAME)
 _EVALUATED_ALIKE = {
     ModelArguments: {"config_name", "revision", "trust_remote_code", "dtype", "attn_implementation"},
     DataArguments: {field.name for field in fields(DataArguments)}
@@ -182,7 +182,8 @@ def metrics_of(trainer: CheckpointingTrainer) -> dict[str, float | None]:
     found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     left_out = ("epoch", "runtime", "samples_per_second", "steps_per_second", "preparation_time")
     names = sorted((name for name in found if not name.endswith(left_out)), key=lambda name: name.endswith("loss"))
-    return results.without_nan({name: found[name] for name in names})
+    metrics: dict[str, float | None] = finite({name: found[name] for name in names})
+    return metrics
 
 
 def _wait_for_others(arguments: TrainerArguments) -> None:

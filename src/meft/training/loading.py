@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import transformers
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,7 +33,6 @@ from meft.errors import CheckpointError, ConfigError, UnsupportedModelError, fir
 from meft.storage import check_safetensors
 from meft.training.arguments import ModelArguments
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Names on the hub have one slash at most and begin with a letter or a digit.
 _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
 # Tokenizers that know no limit report a number beyond any model's.
@@ -177,7 +177,7 @@ def load_adapter_config(path: str, task_type: str | None) -> peft.PeftConfig:
     try:
         config = peft.PeftConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}/{ADAPTER_CONFIG} cannot be read: {error}. Copy the adapter again.") from error
+        raise CheckpointError(f"{path}/{CONFIG_NAME} cannot be read: {error}. Copy the adapter again.") from error
     if config.task_type != task_type:
         raise CheckpointError(
             f"The adapter in {path} was trained for {config.task_type}; this task takes adapters for {task_type}. "
