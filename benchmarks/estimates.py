@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from meft.results import hardware, now, versions
-from meft.storage import write_json, write_text
+from meft.storage.files import write_json, write_text
+from meft.storage.results import hardware, now, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from meft.cli.sweep import TABLE_FILES
 from meft.errors import DataError
-from meft.storage import write_text
+from meft.storage.files import write_text
+from meft_lab.cli.sweep import TABLE_FILES
 
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"

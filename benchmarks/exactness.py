@@ -35,14 +35,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, OPTForSequenceClassification
 
 import meft
-from meft.couplings import make_coupling
+from meft.engine.couplings import make_coupling
+from meft.engine.replay import RngState
 from meft.errors import DriftWarning
-from meft.methods import apply_method
-from meft.replay import RngState
-from meft.results import hardware, now, versions
-from meft.storage import read_json, write_json, write_text
-from meft.verify import verify
-from meft.verify.figure import error_against_depth, save_figure
+from meft.methods.registry import apply_method
+from meft.storage.files import read_json, write_json, write_text
+from meft.storage.results import hardware, now, versions
+from meft.verification import verify
+from meft.verification.figure import error_against_depth, save_figure
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "exactness.md"

@@ -34,15 +34,15 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from meft.cli.sweep import sweep_command, typed_values
-from meft.methods import count_parameters
-from meft.results import hardware, now, versions
-from meft.storage import read_json, write_json, write_text
-from meft.sweep import Run, Sweep, load_recipe, table_of
-from meft.tasks import load_images
-from meft.tasks.pixels import ImageCollator
+from meft.methods.registry import count_parameters
+from meft.storage.files import read_json, write_json, write_text
+from meft.storage.results import hardware, now, versions
 from meft.training.evaluation import evaluate, parse_evaluation
-from meft.verify.figure import save_figure
+from meft.verification.figure import save_figure
+from meft_lab.cli.sweep import sweep_command, typed_values
+from meft_lab.sweep import Run, Sweep, load_recipe, table_of
+from meft_lab.tasks import load_images
+from meft_lab.tasks.pixels import ImageCollator
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PRETRAINED, FINE_TUNED = CLASSES[:5], CLASSES[5:]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from meft.sweep.figure import scores_figure
+from meft_lab.sweep.figure import scores_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

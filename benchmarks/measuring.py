@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from meft import measure
-from meft.methods import count_parameters
+from meft.methods.registry import count_parameters
 
 Progress = Callable[[str], None]
 WARM_UP_TOKENS = 64

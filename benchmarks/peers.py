@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from meft import MeftConfig, make_reversible
-from meft.memory.fake import offloaded
-from meft.methods import apply_method
+from meft.memory.estimation.fake import offloaded
+from meft.methods.registry import apply_method
 
 SEED = 0
 HEAD_WIDTH = 64

@@ -35,8 +35,8 @@ from tables import as_markdown, put_into_page, section
 from tqdm import tqdm
 from transformers.utils import logging
 
-from meft.results import hardware, now, versions
-from meft.storage import read_json, write_json, write_text
+from meft.storage.files import read_json, write_json, write_text
+from meft.storage.results import hardware, now, versions
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"

@@ -16,11 +16,11 @@ from peers import Peer
 from shapes import Subject
 from transformers import PreTrainedModel
 
-from meft import engine
-from meft.arithmetic import FixedPoint
-from meft.couplings import Step
-from meft.layers import ReversibleLayer
-from meft.replay import Snapshot
+from meft.backbone.layers import ReversibleLayer
+from meft.engine import engine
+from meft.engine.arithmetic import FixedPoint
+from meft.engine.couplings import Step
+from meft.engine.replay import Snapshot
 
 REST = "the rest: model, loss, autograd"
 # What the engine does, by the functions that do it.

@@ -10,7 +10,7 @@ from typing import Any
 from measuring import title_of
 from peers import BLOCKS, CHECKPOINTING, FULL, LAYERS, TILES
 
-from meft.memory.causes import CAUSES
+from meft.memory.measurement.causes import CAUSES
 
 MIB, GIB = 2**20, 2**30
 BITS_OF_RESIDUES, BITS_OF_CHECKPOINTS = 2 * 2, 16

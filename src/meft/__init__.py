@@ -8,17 +8,17 @@ Importing this package registers the PEFT method "MEFT":
     model = get_peft_model(base, meft.MeftConfig(task_type="SEQ_CLS", coupling="meft1"))
 """
 
-from . import errors
-from .callbacks import MeftCallback
-from .config import MeftConfig
-from .convert import make_reversible, restore
-from .errors import MeftError
-from .export import export
-from .folders import load
-from .memory import MemoryEstimate, MemoryReport, estimate, measure
-from .tuner import MeftLayer, MeftModel, register
-from .verify import VerifyReport, verify
-from .version import __version__
+from meft import errors
+from meft.backbone.conversion import make_reversible, restore
+from meft.errors import MeftError
+from meft.loading.folders import load
+from meft.memory import MemoryEstimate, MemoryReport, estimate, measure
+from meft.training.callbacks import MeftCallback
+from meft.training.export import export
+from meft.tuner.config import MeftConfig
+from meft.tuner.tuner import MeftLayer, MeftModel, register
+from meft.verification import VerifyReport, verify
+from meft.version import __version__
 
 register()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meft.memory import MemoryEstimate, MemoryReport, estimate
-from memory.families import TASKS, real_step, small_config
+from support.memory_families import TASKS, real_step, small_config
 
 HALF, MIXED = torch.bfloat16, {"autocast": torch.bfloat16}
 

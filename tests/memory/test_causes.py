@@ -9,7 +9,7 @@ import torch
 
 import meft
 from meft.memory import measure
-from meft.memory.causes import (
+from meft.memory.measurement.causes import (
     CAUSES,
     GRADIENTS,
     HEAD,
@@ -22,9 +22,9 @@ from meft.memory.causes import (
     Attribution,
     phases_of,
 )
-from meft.memory.timeline import Block, build_timeline, peak_between
-from meft.methods import apply_method
-from models import batch, build
+from meft.memory.measurement.timeline import Block, build_timeline, peak_between
+from meft.methods.registry import apply_method
+from support.models import batch, build
 
 FLOAT, INT = 4, 4
 
@@ -154,7 +154,7 @@ def test_causes_sum_to_the_peak(method: str, family: str, task: str) -> None:
     assert sum(report.activation_causes.values()) == report.activation_peak_bytes
     assert report.activation_causes[GRADIENTS] == 0
     kept = {cause for cause in (SAVED, RESIDUES) if report.activation_causes[cause]}
-    assert kept == ({RESIDUES} if method in meft.methods.COUPLED_METHODS else {SAVED})
+    assert kept == ({RESIDUES} if method in meft.methods.registry.COUPLED_METHODS else {SAVED})
 
 
 @pytest.mark.parametrize("coupling", ["meft1", "momentum"])

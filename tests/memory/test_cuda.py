@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 from meft.memory import measure
-from meft.memory.causes import CAUSES, GRADIENTS, HEAD, OPTIMIZER_STATE, OTHER, RESIDUES, SAVED, STREAMS, WORKING
-from meft.memory.cuda import Ledger, Reading
+from meft.memory.measurement.causes import (
+    CAUSES,
+    GRADIENTS,
+    HEAD,
+    OPTIMIZER_STATE,
+    OTHER,
+    RESIDUES,
+    SAVED,
+    STREAMS,
+    WORKING,
+)
+from meft.memory.measurement.cuda import Ledger, Reading
 
 
 def ledger(*readings: tuple[str, int, int]) -> Ledger:

@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, Qwen2Config, T5Config
 import meft
 from meft.errors import CheckpointError, ConfigError, MeftWarning, UnsupportedModelError
 from meft.memory import BudgetError, MemoryEstimate
-from meft.memory.blueprint import Blueprint, read_blueprint
-from meft.memory.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
-from meft.memory.predict import Predictor, optimizer_bytes
-from meft.memory.recipes import RECIPES, read_recipe
-from memory.families import real_step, small_config
+from meft.memory.estimation.blueprint import Blueprint, read_blueprint
+from meft.memory.estimation.predict import Predictor, optimizer_bytes
+from meft.memory.estimation.recipes import RECIPES, read_recipe
+from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from support.memory_families import real_step, small_config
 
 SMALL: dict[str, Any] = {"batch_size": 2, "seq_len": 32, "dtype": "float32", "device": "cpu"}
 
@@ -130,7 +130,7 @@ def test_layers_that_are_not_alike_are_all_run(index: int, monkeypatch: pytest.M
 
 def test_layers_that_turn_out_not_to_be_alike_are_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every second layer attends to a window, for which it needs a mask.
-    monkeypatch.setattr("meft.memory.predict._alike", lambda layers: True)
+    monkeypatch.setattr("meft.memory.estimation.predict._alike", lambda layers: True)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 8, "layer_types": [*["full_attention", "sliding_attention"] * 4, "full_attention"]}
     config = Qwen2Config(**sizes, **windows, use_sliding_window=True, num_hidden_layers=9, vocab_size=100)
@@ -150,7 +150,7 @@ def _wider(config: PretrainedConfig) -> PretrainedConfig:
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "sgd+momentum", "adafactor", "rmsprop", "adagrad", "none"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_optimizers(name: str, device: str) -> None:
-    from meft.memory.optimizers import optimizer_maker
+    from meft.memory.estimation.optimizers import optimizer_maker
 
     weights = [nn.Parameter(torch.ones(16, 32)), nn.Parameter(torch.ones(16))]
     make = optimizer_maker(name, foreach=device == "cuda")

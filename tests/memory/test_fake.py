@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from meft.memory import measure
-from meft.memory.causes import Attribution
-from meft.memory.fake import make_fake, offloaded, record_fake
-from meft.memory.timeline import peak_bytes
+from meft.memory.estimation.fake import make_fake, offloaded, record_fake
+from meft.memory.measurement.causes import Attribution
+from meft.memory.measurement.timeline import peak_bytes
 
 
 class Sums(nn.Module):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from meft.errors import ConfigError
-from meft.memory.search import largest
-from meft.memory.sizes import parse_size
+from meft.memory.estimation.search import largest
+from meft.memory.estimation.sizes import parse_size
 
 
 @pytest.mark.parametrize(

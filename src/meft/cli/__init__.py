@@ -49,7 +49,7 @@ class _InterruptedError(Exception):
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Fine-tune a model on texts, questions or images: a task known by name, or your own files."""
-    from meft.results import summary_table
+    from meft.storage.results import summary_table
     from meft.training import TRAIN_TYPES
     from meft.training import train as run
     from meft.training.arguments import parse
@@ -67,7 +67,7 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Score a trained model or adapter."""
-    from meft.results import metrics_table
+    from meft.storage.results import metrics_table
     from meft.training.evaluation import evaluate as run
     from meft.training.evaluation import parse_evaluation
 
@@ -80,7 +80,7 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def verify(context: typer.Context) -> None:
     """Check that a model's activations are rebuilt bit for bit, and its gradients with them."""
-    from meft.cli.verify import verify_command
+    from .verify import verify_command
 
     sys.exit(verify_command(context.args))
 
@@ -100,7 +100,7 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights that are written.")] = "auto",
 ) -> None:
     """Write a trained model or adapter into a folder that loads by itself; LoRA becomes a plain model."""
-    from meft.cli.export import export_command
+    from .export import export_command
 
     export_command(source, output_dir, base_model_name_or_path=base_model_name_or_path, merge=merge, dtype=dtype)
 
@@ -116,7 +116,7 @@ def families(
     output: Annotated[str | None, typer.Option("--output", help="A file to write instead of printing.")] = None,
 ) -> None:
     """Try families of models, and any model type of Transformers, with the libraries installed here."""
-    from meft.cli.families import families_command
+    from meft_lab.cli.families import families_command
 
     sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=_command(context)))
 
@@ -145,7 +145,7 @@ def estimate(
 
     Options of the methods follow as --lora_rank 16, --bottleneck_dim 64, --frozen_layers 8, and so on.
     """
-    from meft.cli.estimate import estimate_command
+    from .estimate import estimate_command
 
     given = {name: value for name, value in context.params.items() if name not in ("method", "json")}
     sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=_command(context)))
@@ -165,7 +165,7 @@ def sweep(
     Arguments of meft train follow and hold for every run: --model_name_or_path, --data_dir, and so on. The name of an
     axis of the recipe narrows it: --task rte mrpc --seeds 0.
     """
-    from meft.cli.sweep import sweep_command
+    from meft_lab.cli.sweep import sweep_command
 
     try:
         code = sweep_command(recipe, context.args, output_dir=output_dir, dry_run=dry_run, command=_command(context))
@@ -177,7 +177,7 @@ def sweep(
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def study(context: typer.Context) -> None:
     """Answer one of the paper's questions with a table and a figure; meft study --help lists them."""
-    from meft.cli.study import study_command
+    from meft_lab.cli.study import study_command
 
     try:
         code = study_command(context.args, command=_command(context))
@@ -195,7 +195,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
 ) -> None:
     """Train a real BERT on your own Python library by every method side by side; needs no network."""
-    from meft.demo import run
+    from meft_lab.demo import run
 
     chosen: dict[str, Any] = {"methods": methods.split()} if methods else {}
     chosen |= {"steps": steps} if steps else {}

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from meft.errors import ConfigError, UnsupportedModelError
-from meft.memory.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
-from meft.memory.estimate import estimate
-from meft.memory.recipes import RECIPES, read_recipe
-from meft.memory.report import WEIGHTS, BudgetError, MemoryEstimate
-from meft.memory.sizes import parse_size
-from meft.results import format_bytes, now, versions
-from meft.storage import write_json
+from meft.memory.estimation.estimate import estimate
+from meft.memory.estimation.recipes import RECIPES, read_recipe
+from meft.memory.estimation.report import WEIGHTS, BudgetError, MemoryEstimate
+from meft.memory.estimation.sizes import parse_size
+from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from meft.storage.files import write_json
+from meft.storage.results import format_bytes, now, versions
 
 ALL = "all"
 Failure = BudgetError | UnsupportedModelError

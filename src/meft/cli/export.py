@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from meft.errors import ConfigError
-from meft.export import export
-from meft.training.loading import quiet_transformers
+from meft.loading.models import quiet_transformers
+from meft.training.export import export
 
 _KINDS = {"model": "a plain model", "adapter": "an adapter with its base model inside"}
 

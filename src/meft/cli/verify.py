@@ -14,20 +14,21 @@ from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
-from meft.cli.inputs import load_pretrained, random_batch, text_batch
-from meft.convert import make_reversible
-from meft.couplings import COUPLINGS
+from meft.backbone.conversion import make_reversible
+from meft.backbone.plan import check_choice, check_integer
+from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError
-from meft.folders import TASK_MODELS, is_adapter, trained_labels
-from meft.methods import PLAIN_METHODS, MethodOptions, apply_method
-from meft.peft_type import MEFT
-from meft.plan import check_choice, check_integer
-from meft.results import hardware, now, versions
-from meft.storage import write_json
+from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
+from meft.loading.models import load_adapter
+from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
+from meft.storage.files import write_json
+from meft.storage.results import hardware, now, versions
 from meft.training.arguments import MeftArguments, ModelArguments, parse
-from meft.training.loading import load_adapter
-from meft.verify import VerifyReport, verify
-from meft.verify.figure import check_figure_path
+from meft.tuner.peft_type import MEFT
+from meft.verification import VerifyReport, verify
+from meft.verification.figure import check_figure_path
+
+from .inputs import load_pretrained, random_batch, text_batch
 
 _COUPLING_OPTIONS = (
     "lam",

@@ -1,7 +1,7 @@
 """Memory of a training step."""
 
-from meft.memory.estimate import estimate
-from meft.memory.measure import MemoryReport, measure
-from meft.memory.report import BudgetError, MemoryEstimate
+from .estimation.estimate import estimate
+from .estimation.report import BudgetError, MemoryEstimate
+from .measurement.measure import MemoryReport, measure
 
 __all__ = ["BudgetError", "MemoryEstimate", "MemoryReport", "estimate", "measure"]

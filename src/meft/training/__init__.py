@@ -13,27 +13,21 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from meft import results
 from meft.errors import ConfigError
-from meft.methods import check_method, count_parameters
-from meft.storage import finite, publish_files, remove_leftovers, staged, write_json
-from meft.tasks import TaskSpec
-from meft.training.arguments import (
-    DataArguments,
-    MeftArguments,
-    ModelArguments,
-    RunArguments,
-    TrainerArguments,
-    flat,
-)
-from meft.training.before import REFERENCE, CostsBeforeTraining
-from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
-from meft.training.costs import StepCosts
-from meft.training.kinds.base import Say, say_nothing
-from meft.training.preparation import TASK_FILE, Prepared, prepare_training
-from meft.training.runs import RESULTS_FILE, claimed, inspect_folder
-from meft.training.selection import EarlyStopping, check_early_stopping, check_metric
-from meft.training.sharing import share_batch
+from meft.methods.registry import check_method, count_parameters
+from meft.storage import results
+from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
+from meft_lab.tasks import TaskSpec
+
+from .arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments, flat
+from .batches import share_batch
+from .before import REFERENCE, CostsBeforeTraining
+from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
+from .costs import StepCosts
+from .kinds.base import Say, say_nothing
+from .preparation import TASK_FILE, Prepared, prepare_training
+from .runs import RESULTS_FILE, claimed, inspect_folder
+from .selection import EarlyStopping, check_early_stopping, check_metric
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 # A folder without its configuration loads as nothing, so that is published after the weights.

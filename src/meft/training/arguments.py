@@ -9,9 +9,10 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError
-from meft.methods import MethodOptions
-from meft.tasks import GLUE_TASKS, IMAGE_TASKS, QUESTION_TASKS, FileOptions
-from meft.training.parsing import as_words, parse, read_mapping
+from meft.methods.registry import MethodOptions
+from meft_lab.tasks import GLUE_TASKS, IMAGE_TASKS, QUESTION_TASKS, FileOptions
+
+from .parsing import as_words, parse, read_mapping
 
 __all__ = [
     "DataArguments",
@@ -180,7 +181,7 @@ class MeftArguments:
     )
 
     def options(self) -> MethodOptions:
-        """The same as `meft.methods` takes them."""
+        """The same as `meft.methods.registry` takes them."""
         values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
         values["output"] = _parse_output(self.output)
         for name in ("modules_to_save", "stacks"):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from meft.storage import read_json, write_json
-from meft.training.arguments import TrainerArguments
-from meft.training.costs import StepCosts, autocast_of, measure_costs
-from meft.training.kinds.base import Say
-from meft.training.preparation import Prepared
+from meft.storage.files import read_json, write_json
+
+from .arguments import TrainerArguments
+from .costs import StepCosts, autocast_of, measure_costs
+from .kinds.base import Say
+from .preparation import Prepared
 
 COSTS_FILE = "costs.json"
 REFERENCE = "full"

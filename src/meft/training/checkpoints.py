@@ -21,9 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from meft.errors import CheckpointError
-from meft.storage import STAGING_PREFIX, publish_folder, read_json, staged, write_json
-from meft.training.loading import quiet_transformers
-from meft.training.selection import EarlyStopping
+from meft.loading.models import quiet_transformers
+from meft.storage.files import STAGING_PREFIX, publish_folder, read_json, staged, write_json
+
+from .selection import EarlyStopping
 
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

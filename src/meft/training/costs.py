@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from meft.memory.measure import MemoryReport, measure
+from meft.memory.measurement.measure import MemoryReport, measure
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StepCosts:
         reference: What the ratio is a ratio to. `None`: nothing was measured beside the step.
         reference_peak_activation_bytes, reference_step_seconds: The same of the reference.
         peak_activation_causes, reference_peak_activation_causes: What those bytes are for
-            (`meft.memory.causes.CAUSES`); `None` in results of versions that did not tell.
+            (`meft.memory.measurement.causes.CAUSES`); `None` in results of versions that did not tell.
     """
 
     rows: int

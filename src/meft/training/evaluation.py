@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from meft import results
-from meft.storage import write_json, write_text
-from meft.training import build_trainer, metrics_of
-from meft.training.arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
-from meft.training.checkpoints import CheckpointingTrainer
-from meft.training.kinds.base import Say
-from meft.training.preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
+from meft.storage import results
+from meft.storage.files import write_json, write_text
+
+from . import build_trainer, metrics_of
+from .arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
+from .checkpoints import CheckpointingTrainer
+from .kinds.base import Say
+from .preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
 
 EVALUATE_TYPES = (ModelArguments, DataArguments, EvaluationArguments, TrainerArguments)
 _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")

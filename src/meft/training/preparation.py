@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PretrainedConfig, enable_full_determinism, set_seed
 
 from meft.errors import ConfigError, DataError
-from meft.folders import is_adapter
-from meft.methods import apply_method
-from meft.storage import read_json
-from meft.tasks import TaskData, TaskSpec
-from meft.training import loading
-from meft.training.arguments import DataArguments, MeftArguments, ModelArguments
-from meft.training.kinds import TaskKind, kind_of
-from meft.training.kinds.base import Collator, Say, Scorer
+from meft.loading import models as loading
+from meft.loading.folders import is_adapter
+from meft.methods.registry import apply_method
+from meft.storage.files import read_json
+from meft_lab.tasks import TaskData, TaskSpec
+
+from .arguments import DataArguments, MeftArguments, ModelArguments
+from .kinds import TaskKind, kind_of
+from .kinds.base import Collator, Say, Scorer
 
 # Beside every saved model: the labels it was trained for, and what evaluating it alike takes.
 TASK_FILE = "task.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meft.errors import BusyFolderError, OutputFolderError
-from meft.results import now
-from meft.storage import read_json, write_json
+from meft.storage.files import read_json, write_json
+from meft.storage.results import now
 
 RUN_FILE, RESULTS_FILE, _LOCK_FILE = "run.json", "results.json", ".lock"
 State = Literal["new", "resume", "replace"]

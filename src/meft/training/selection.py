@@ -9,8 +9,9 @@ from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from meft.errors import ConfigError
-from meft.tasks import TaskSpec
-from meft.training.arguments import TrainerArguments
+from meft_lab.tasks import TaskSpec
+
+from .arguments import TrainerArguments
 
 _STATE = "early_stopping_patience_counter"
 

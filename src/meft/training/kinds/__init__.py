@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from meft.errors import ConfigError
-from meft.training.kinds.base import Encoded, TaskKind
-from meft.training.kinds.classification import TextClassification
-from meft.training.kinds.images import ImageClassification
-from meft.training.kinds.questions import MultipleChoice
+from meft_lab.kinds.images import ImageClassification
+from meft_lab.kinds.questions import MultipleChoice
+
+from .base import Encoded, TaskKind
+from .classification import TextClassification
 
 __all__ = ["KINDS", "TASKS", "Encoded", "TaskKind", "kind_of"]
 

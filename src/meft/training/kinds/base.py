@@ -14,9 +14,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from meft.tasks import TaskData, TaskSpec
-from meft.training import loading
-from meft.training.arguments import DataArguments, ModelArguments
+from meft.loading import models as loading
+from meft_lab.tasks import TaskData, TaskSpec
+
+from ..arguments import DataArguments, ModelArguments
 
 Say = Callable[[str], None]
 Collator = Callable[[list[Any]], dict[str, Any]]

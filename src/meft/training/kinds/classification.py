@@ -18,13 +18,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from meft.tasks import GLUE_TASKS, TaskData, TaskSpec, load_files, load_glue
-from meft.tasks.base import LABEL
-from meft.tasks.encode import encode
-from meft.tasks.metrics import predictions_of, score
-from meft.training import loading
-from meft.training.arguments import DataArguments
-from meft.training.kinds.base import Collator, Encoded, Say, TaskKind, first_rows
+from meft.loading import models as loading
+from meft_lab.tasks import GLUE_TASKS, TaskData, TaskSpec, load_files, load_glue
+
+from ..arguments import DataArguments
+from ..data.base import LABEL
+from ..data.encode import encode
+from ..data.metrics import predictions_of, score
+from .base import Collator, Encoded, Say, TaskKind, first_rows
 
 # PEFT trains these heads of its own accord.
 _PEFT_HEADS = ("classifier", "score")

@@ -1,0 +1,1 @@
+"""Transformers models made reversible in place: their stacks, layers, calls and adapters."""

@@ -1,0 +1,139 @@
+"""The bottleneck adapter and where it is placed.
+
+Adapter(x) = up(dropout(act(down(x)))), with the model's own non-linearity and dropout; weights from N(0, 0.02^2),
+biases zero, so that its output starts near zero. Placed beside a feed-forward (parallel adapter, He et al. 2022,
+arXiv 2110.04366) or behind a module (bottleneck adapter, Houlsby et al. 2019, arXiv 1902.00751).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft.errors import UnsupportedModelError
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """One adapter, made of layers that somebody else owns.
+
+    Attributes:
+        down: Linear, hidden -> bottleneck.
+        up: Linear, bottleneck -> hidden.
+        activation: the non-linearity.
+        dropout: probability of dropping an element of the bottleneck in training.
+        owner: the module whose training flag decides about dropout.
+    """
+
+    down: nn.Linear
+    up: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    dropout: float
+    owner: nn.Module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Computes up(dropout(act(down(hidden)))); shape (..., hidden), dtype as given."""
+        narrow = self.activation(self.down(hidden.to(self.down.weight.dtype)))
+        narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
+        return self.up(narrow).to(hidden.dtype)
+
+
+def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, nn.Linear]:
+    """Makes the down- and up-projection of a new adapter: weights N(0, 0.02^2), biases zero."""
+    down, up = nn.Linear(hidden_size, bottleneck_dim), nn.Linear(bottleneck_dim, hidden_size)
+    for projection in (down, up):
+        nn.init.normal_(projection.weight, std=INIT_STD)
+        nn.init.zeros_(projection.bias)
+    return down, up
+
+
+@contextmanager
+def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name: str = "a layer") -> Iterator[None]:
+    """For the duration of a call, adds adapter(input of `entry`) to the output of `exit_`.
+
+    The hooks live only as long as the call, and heed no call of another thread, so nothing stays on the pretrained
+    modules.
+
+    Raises:
+        UnsupportedModelError: the call did not pass through `entry` and then through `exit_`.
+    """
+    if adapter is None:
+        yield
+        return
+    received: list[Tensor] = []
+    added = False
+    thread = threading.get_ident()
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            received.append(args[0] if args else next(iter(kwargs.values())))
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal added
+        if threading.get_ident() != thread:
+            return output
+        if not received:
+            raise UnsupportedModelError(
+                f"In {name}, {type(exit_).__name__} was left before {type(entry).__name__} was entered, so these two "
+                "are no feed-forward. Name the module that is with feedforward_module."
+            )
+        given, first, added = received.pop(), _first(output), True
+        if given.shape[-1] != adapter.down.in_features or first.numel() != given.numel():
+            raise UnsupportedModelError(
+                f"What was taken for the feed-forward of {name}, {type(entry).__name__} to {type(exit_).__name__}, "
+                f"makes {tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "
+                f"{adapter.down.in_features}. Name the module that reads and returns it with feedforward_module."
+            )
+        # Some mixtures of experts return the tokens of all sequences in one matrix.
+        return _with_first(output, first + adapter(given).reshape(first.shape))
+
+    handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not added:
+        raise UnsupportedModelError(
+            f"The {type(exit_).__name__} that was taken for the feed-forward of {name} was not called, so the adapter "
+            "beside it has no effect. Name the module that is called with feedforward_module."
+        )
+
+
+@contextmanager
+def behind(module: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
+    """For the duration of a call, adds adapter(output) to the output of `module`; other threads do not notice."""
+    if adapter is None:
+        yield
+        return
+    thread = threading.get_ident()
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return output
+        first = _first(output)
+        return _with_first(output, first + adapter(first))
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple) else output
+    assert isinstance(first, torch.Tensor)
+    return first
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    return (first, *output[1:]) if isinstance(output, tuple) else first

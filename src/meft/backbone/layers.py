@@ -1,0 +1,347 @@
+"""`ReversibleLayer`: what stands in for a pretrained layer in a model's own loop over its layers.
+
+The model goes on calling one layer after the other with masks, positions and caches; each wrapper passes the streams
+of the running forward pass through its layer and hands the model the newest stream. The first wrapper of a stack
+starts the tape, the last one applies the output rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from transformers.utils import logging
+
+from meft.engine.engine import Layer, finish, readout, run_layer
+from meft.engine.sharding import check_sharding
+from meft.errors import ConfigError, UnsupportedModelError
+
+from .adapters import Bottleneck, behind, beside
+from .architectures import Architecture, feed_forward_of, split_of
+from .calls import Block, Call, recording, recording_off, split_hidden, split_output, without_cache
+from .compilation import Compiler, is_compiled, options_around, options_of, run, surrounding, uncompiled, whole
+from .stack import Placement, Segment
+
+logger = logging.get_logger(__name__)
+
+Runner = Callable[[Callable[..., Any], nn.Module, Tensor, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Runs (block, layer, hidden state, args, kwargs): `compilation.run` as it is, a `Compiler` compiled."""
+
+__all__ = ["Placement", "ReversibleLayer", "Segment"]
+
+
+class ReversibleLayer(nn.Module):
+    """Stands in for one pretrained layer and runs it as a step of a reversible stack.
+
+    Parameters, buffers and children are the pretrained layer's own, under their own names: state dicts, optimizers
+    and adapters put in later see no difference.
+
+    Args:
+        layer: the pretrained layer; kept unchanged as `pretrained`. One that is compiled is compiled here too.
+        segment: the stack it belongs to.
+        index: its position there, from 0.
+    """
+
+    gradient_checkpointing = False
+    compiler: Compiler | None = None
+
+    def __init__(self, layer: nn.Module, segment: Segment, index: int) -> None:
+        super().__init__()
+        options = options_of(layer, segment.layer_name(index))
+        # What `restore` gives back.
+        self.__dict__["replaced"] = layer
+        layer = uncompiled(layer)
+        # Not registered as a child, and the registries shared: names stay what they were.
+        self.__dict__["pretrained"] = layer
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            setattr(self, registry, getattr(layer, registry))
+        self.training = layer.training
+        self._placement = Placement(segment, index)
+        if options is not None:
+            self.compile(**options)
+
+    def placement(self) -> Placement | None:
+        """Where the layer stands and with which adapters; None runs the pretrained layer as it is."""
+        return self._placement
+
+    def train(self, mode: bool = True) -> ReversibleLayer:
+        self.pretrained.training = mode
+        return super().train(mode)
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read attributes of their layers in the loop; the pretrained layer has them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("pretrained", "base_layer", "_modules"):
+                raise
+            return getattr(self.pretrained, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the functions that are rebuilt, in place, with the options of `torch.compile`.
+
+        Raises:
+            UnsupportedModelError: the layer has MEFT adapters.
+            ConfigError: the options ask for CUDA graphs, or are not given by name.
+        """
+        placement = self.placement()
+        if placement is None or placement.has_adapters:
+            raise UnsupportedModelError(
+                f"A layer of {type(self.pretrained).__name__} with MEFT adapters cannot be compiled: hooks place the "
+                "adapters, and a compiled program would fix those of its first call. Compile the whole model "
+                "(torch.compile(model)), which leaves these layers as they are, or use make_reversible with LoRA."
+            )
+        if args:
+            raise ConfigError(
+                f"compile() was given {args[0]!r} by position. The options of torch.compile are named: write "
+                'layer.compile(backend="inductor").'
+            )
+        self.compiler = placement.segment.compiler(kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A constant of the trace if a compiler traces this, as part of the model or of a region of its own.
+        around = options_around() if torch.compiler.is_compiling() else None
+        return self._forward(around, args, kwargs)
+
+    # A compiler cannot trace the tape, which outlives the call: it breaks its graph here, and the layer's functions are
+    # compiled each by itself.
+    @torch.compiler.disable
+    def _forward(self, around: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        placement = self.placement()
+        if placement is None:
+            return self.pretrained(*args, **kwargs)
+        segment = placement.segment
+        if segment.plan.coupling is not None or segment.frozen(placement.index):
+            self._switch_off_checkpointing()
+        self._refuse_replica(placement)
+        check_sharding(self, self.pretrained, placement.name)
+        hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
+        if torch.is_grad_enabled() and segment.in_training():
+            args, kwargs = without_cache(self.pretrained, placement.name, args, kwargs)
+            self._unpack()
+        if segment.frozen(placement.index):
+            with torch.no_grad():
+                return self.pretrained(hidden, *args, **kwargs)
+        deployed = segment.as_deployed()
+        if deployed:
+            segment.end()  # what a forward pass cut short may have left
+        if deployed or segment.plan.coupling is None:
+            output = self._uncoupled(placement, hidden, args, kwargs)
+            self._tell_hooks(hidden, args, kwargs, output)
+            return output
+        try:
+            return self._coupled(placement, self._compiler(placement, around), hidden, args, kwargs)
+        except BaseException:
+            segment.end()
+            raise
+
+    def _compiler(self, placement: Placement, around: int | None) -> Compiler | None:
+        """What compiles this call: only training rebuilds, and what Transformers records is taken from the modules."""
+        if not torch.is_grad_enabled() or not placement.segment.in_training() or recording():
+            return None
+        if placement.has_adapters:
+            return None
+        options = surrounding(around)
+        return self.compiler if options is None else placement.segment.compiler(options)
+
+    def _coupled(
+        self, placement: Placement, compiler: Compiler | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        segment = placement.segment
+        tape = segment.tape(placement.index, hidden)
+        position = segment.plan.frozen_layers + tape.forward_depth
+        # Of a stack in training every layer is rebuilt, also one that was put into evaluation for its dropout.
+        reversible = torch.is_grad_enabled() and segment.in_training() and segment.reversible(position)
+        call = Call(args, kwargs, placement.name)
+        vet = reversible and segment.vet(placement.index)
+        layer = self._layer(placement, call, hidden, compiler, vet=vet)
+        state, *further = run_layer(tape, layer, reversible=reversible)
+        last = position == segment.depth - 1
+        if last:
+            state = finish(tape)
+            segment.end()
+        output = call.output(state, further)
+        if self._heard():
+            seen = output if last else _with_state(output, readout(tape, inner=True))
+            self._tell_hooks(hidden, args, kwargs, seen)
+        return output
+
+    def _uncoupled(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The ordinary layer with the same adapters: f beside its feed-forward, g behind the layer."""
+        layer = self._whole(placement, placement.f, run)
+
+        def forward(hidden: Tensor) -> Any:
+            output = layer(hidden, args, kwargs)
+            if placement.g is None:
+                return output
+            state, _ = split_output(output, hidden, placement.name)
+            return _with_state(output, state + placement.g(state))
+
+        if getattr(self.pretrained, "gradient_checkpointing", False):
+            # Its own would leave the adapters out of what is run again.
+            self.gradient_checkpointing, self.pretrained.gradient_checkpointing = True, False
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(forward, hidden)
+        return forward(hidden)
+
+    def _layer(
+        self, placement: Placement, call: Call, hidden: Tensor, compiler: Compiler | None, *, vet: bool
+    ) -> Layer:
+        """Describes this call to the engine: the functions F and G of the coupling's table."""
+        coupling = placement.segment.plan.coupling
+        assert coupling is not None
+        runner: Runner = run if compiler is None else partial(_compiled, compiler)
+        tiles: dict[str, int] = {}
+        if coupling.splits:
+            # meft3 has adapters in both blocks; momentum has one beside the feed-forward, wherever it is.
+            behind_attention, beside_feed_forward = (placement.f, placement.g)
+            if coupling.name == "momentum":
+                behind_attention, beside_feed_forward = None, placement.f
+            split = split_of(self.pretrained, placement.name)
+            functions = {
+                "F": call.function("F", self._attention(split, behind_attention, runner)),
+                "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward, runner), main=False),
+            }
+            tile = placement.segment.plan.tile(hidden.shape[:-1].numel())
+            if tile is not None and not recording() and tokenwise(self.pretrained):
+                tiles["G"] = tile
+        else:
+            main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
+            inside, alone = (placement.g, placement.f) if main == "G" else (placement.f, placement.g)
+            functions = {main: call.function(main, self._whole(placement, inside, runner))}
+            if alone is not None:
+                functions[other] = lambda hidden, outside: alone(hidden)
+        modules = (self.pretrained, *modules_of(self))
+        own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
+        parameters = tuple(own.values())
+        compiled = compiler is not None or any(map(is_compiled, modules))
+        return Layer(functions, parameters, call.outside, modules, tiles, vet, compiled)
+
+    def _whole(self, placement: Placement, adapter: Bottleneck | None, runner: Runner) -> Block:
+        layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
+        ends = None if adapter is None else feed_forward_of(layer, placement.name, chosen)
+
+        def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if placement.segment.plan.coupling is not None:
+                # TRL switches it on again between the forward pass and the recomputation.
+                self._switch_off_checkpointing()
+            with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
+                return runner(whole, layer, hidden, args, kwargs)
+
+        return block
+
+    def _attention(self, split: Architecture, adapter: Bottleneck | None, runner: Runner) -> Block:
+        layer = self.pretrained
+
+        def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            with behind(layer.get_submodule(split.attention_exit), adapter):
+                return runner(split.attention_block, layer, hidden, args, kwargs)
+
+        return block
+
+    def _feed_forward(
+        self, split: Architecture, placement: Placement, adapter: Bottleneck | None, runner: Runner
+    ) -> Block:
+        layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
+
+        def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+            with ExitStack() as stack:
+                if adapter is not None:
+                    ends = feed_forward_of(layer, placement.name, chosen)
+                    stack.enter_context(beside(*ends, adapter, placement.name))
+                return runner(split.feed_forward_block, layer, hidden, (), {})
+
+        return block
+
+    def _heard(self) -> bool:
+        """Tells whether a forward hook of the pretrained layer listens; those that record outputs often do not."""
+        hooks = self.pretrained._forward_hooks.values()
+        return any(recording() or not _records(hook) for hook in hooks)
+
+    def _tell_hooks(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Shows the pretrained layer's forward hooks (output recording) the hidden state a user should see."""
+        layer = self.pretrained
+        for identity, hook in list(layer._forward_hooks.items()):
+            if identity in layer._forward_hooks_with_kwargs:
+                changed = hook(layer, (hidden, *args), kwargs, output)
+            else:
+                changed = hook(layer, (hidden, *args), output)
+            if changed is not None and changed is not output:
+                raise UnsupportedModelError(
+                    f"A forward hook on a {type(layer).__name__} returns another output. A reversible stack cannot "
+                    "pass that on, since its second stream would not know. Remove the hook."
+                )
+
+    def _unpack(self) -> None:
+        """Takes back what bitsandbytes does to 4-bit weights evaluated on a CPU: packed ones pass no gradient on."""
+        for module in modules_of(self):
+            quantised = getattr(module._parameters.get("weight"), "quant_state", None)
+            if getattr(quantised, "packing_format_for_cpu", False):
+                # Unpacks the weights of the module itself, as it is always asked to before saving.
+                module.state_dict()
+
+    def _switch_off_checkpointing(self) -> None:
+        if self.gradient_checkpointing or getattr(self.pretrained, "gradient_checkpointing", False):
+            self.gradient_checkpointing = self.pretrained.gradient_checkpointing = False
+            logger.warning_once(
+                "Gradient checkpointing is redundant on reversible layers, which keep no activations, and was switched "
+                "off for them."
+            )
+
+    def _refuse_replica(self, placement: Placement) -> None:
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedModelError(
+                f"{placement.name} runs under torch.nn.DataParallel, whose replicas have no parameters of their own to "
+                "give gradients to. Use one process a device (accelerate launch, torchrun), or show the process one "
+                "device (CUDA_VISIBLE_DEVICES)."
+            )
+
+
+def tokenwise(layer: nn.Module) -> bool:
+    """Tells whether a layer's feed-forward block surely acts on each token alone.
+
+    Batch norms and convolutions mix tokens, dropped paths are drawn for whole samples, experts of limited capacity turn
+    tokens away, and feed-forwards in chunks of their own want to divide the sequence.
+    """
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        return False
+    for module in modules_of(layer):
+        if isinstance(module, _NormBase) or (isinstance(module, _ConvNd) and max(module.kernel_size) > 1):
+            return False
+        kind = type(module)
+        # Looked up where it may be: that a module lacks an attribute takes `hasattr` long to find out.
+        if "DropPath" in kind.__name__ or "expert_capacity" in vars(module) or hasattr(kind, "expert_capacity"):
+            return False
+    return True
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, each once, as `module.modules()` but several times as fast: every call asks."""
+    found = [module]
+    seen = {module}
+    for each in found:
+        for child in each._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def _compiled(compiler: Compiler, *given: Any) -> Any:
+    with recording_off():
+        return compiler(*given)
+
+
+def _with_state(output: Any, state: Tensor) -> Any:
+    return state if isinstance(output, Tensor) else type(output)((state, *output[1:]))
+
+
+def _records(hook: Any) -> bool:
+    """Tells whether a forward hook is one with which Transformers records outputs."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

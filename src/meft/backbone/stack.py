@@ -1,0 +1,214 @@
+"""`Segment`: what the wrappers of one stack share, and the forward passes that run through it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft.engine.engine import Tape
+from meft.errors import ConfigError, UnsupportedModelError
+
+from .adapters import Bottleneck
+from .compilation import Compiler
+from .plan import Plan
+
+
+@dataclass
+class Segment:
+    """One stack of layers under one plan, and the forward passes running through it.
+
+    Attributes:
+        plan: how the stack is run.
+        name: the stack's name in the model, for messages.
+        model: the model's class, for messages.
+        order: index of the layer that each call of a forward pass runs; ALBERT runs one layer many times.
+        layers: the list in the model that holds the layers or their wrappers.
+        changes: what conversion changed besides the layers, as (object, attribute, value before).
+        hooks: handles of the hooks that conversion put on the model.
+        compilers: those that layers are compiled with, one for each set of options.
+    """
+
+    plan: Plan
+    name: str
+    model: str
+    order: tuple[int, ...]
+    layers: nn.ModuleList = field(repr=False, compare=False)
+    changes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    compilers: list[Compiler] = field(default_factory=list, repr=False, compare=False)
+    _running: dict[int, Tape] = field(default_factory=dict, repr=False)
+    _vetted: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def depth(self) -> int:
+        """Number of calls of a layer in one forward pass."""
+        return len(self.order)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.name}.{index} of {self.model}"
+
+    def frozen(self, index: int) -> bool:
+        return index < self.plan.frozen_layers
+
+    def reversible(self, position: int) -> bool:
+        """Whether the call at this position of a forward pass, from 0, is to be rebuilt."""
+        return self.plan.reversible and position < self.depth - self.plan.cached_layers
+
+    def as_deployed(self) -> bool:
+        """Whether the layers are to run as the plain model's: random signs are drawn in training only."""
+        coupling = self.plan.coupling
+        return coupling is not None and coupling.random and not self.in_training()
+
+    def in_training(self) -> bool:
+        """Whether the stack is: any of its layers that are not frozen."""
+        return any(layer.training for layer in islice(self.layers, self.plan.frozen_layers, None))
+
+    def compiler(self, options: dict[str, Any]) -> Compiler:
+        """The one compiler of all layers that are compiled with these options, for them to share programs."""
+        for compiler in self.compilers:
+            if compiler.options == options:
+                return compiler
+        self.compilers.append(Compiler(options))
+        return self.compilers[-1]
+
+    def vet(self, index: int) -> bool:
+        """Tells once for every layer that it has not been looked at yet."""
+        if index in self._vetted:
+            return False
+        self._vetted.add(index)
+        return True
+
+    def tape(self, index: int, hidden: Tensor) -> Tape:
+        """Starts a forward pass at the lowest coupled layer, and finds the running one at the others.
+
+        Raises:
+            UnsupportedModelError: the hidden state is not what the layer before returned, or is no float tensor.
+        """
+        first = self.plan.frozen_layers
+        tape = self._running.get(threading.get_ident())
+        position = first if tape is None else first + tape.forward_depth
+        due = self.order[position]
+        if index == self.order[first] and (tape is None or position == first or due != index):
+            return self._start(hidden)
+        if tape is None or due != index:
+            self._refuse_other_segments()
+            reached = "no layer" if tape is None else f"{self.name}.{self.order[position - 1]}"
+            raise UnsupportedModelError(
+                f"{self.model} called {self.name}.{index} after {reached}, but a reversible stack runs every layer "
+                "once, in order. Models that skip or repeat layers cannot be made reversible; if layers were added or "
+                "taken away since, restore the model and make it reversible again."
+            )
+        if tape.passed_on(hidden) and _followed(tape, hidden):
+            return tape
+        if index == self.order[first]:
+            # A layer that runs many times, after a forward pass that was interrupted.
+            return self._start(hidden)
+        raise UnsupportedModelError(
+            f"{self.model} changes the hidden state between {self.name}.{index - 1} and {self.name}.{index}: layer "
+            f"{index} was given another tensor (shape {tuple(hidden.shape)}) than layer {index - 1} returned, or "
+            "one modified in place, and what happened in between would be lost in the second stream. Remove the "
+            f"hook or code between these layers, or freeze the layers below with frozen_layers={index}."
+        )
+
+    def end(self) -> None:
+        """Forgets the running forward pass; its graph, if any, keeps the tape alive."""
+        tape = self._running.pop(threading.get_ident(), None)
+        if tape is not None:
+            tape.abandon()
+
+    @torch.compiler.disable
+    def check_ended(self, model: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook on the model whose loop runs the layers: all of them must have run.
+
+        Raises:
+            UnsupportedModelError: the model returned before the last one, so the output rule was never applied.
+        """
+        tape = self._running.get(threading.get_ident())
+        if tape is None:
+            return
+        done = self.plan.frozen_layers + tape.forward_depth
+        self.end()
+        raise UnsupportedModelError(
+            f"{self.model} ran {done} of the {self.depth} layers of {self.name}, or something else between two of "
+            "them, and returned. A reversible stack gives its hidden state after the last layer. Remove the layers "
+            f"that are not used from {self.name} before the model is made reversible, or leave this stack out with "
+            "stacks=[...]."
+        )
+
+    def _refuse_other_segments(self) -> None:
+        """Raises ConfigError if some of the layers are to follow another adapter's coupling."""
+        couplings: dict[str, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            placed: Callable[[], Placement | None] = getattr(layer, "placement", lambda: None)
+            placement = placed()
+            if placement is None or placement.segment is not self:
+                coupling = None if placement is None else placement.segment.plan.coupling
+                named = "no active adapter" if placement is None else "another adapter"
+                couplings.setdefault(named if coupling is None else f"{named} ({coupling.name})", []).append(index)
+        if couplings:
+            found = "; ".join(f"{name} in layers {indices}" for name, indices in couplings.items())
+            mine = "adapter" if self.plan.coupling is None else self.plan.coupling.name
+            raise ConfigError(
+                f"The layers of {self.name} of {self.model} do not follow one coupling: {mine} in some, but {found}. "
+                "Two streams can follow one only. Activate one adapter in all of them with model.set_adapter(name)."
+            )
+
+    def _start(self, hidden: Tensor) -> Tape:
+        self.end()
+        if not hidden.is_floating_point():
+            raise UnsupportedModelError(
+                f"The hidden state of {self.model} that enters {self.name} has dtype {hidden.dtype}. Reversible layers "
+                "need float16, bfloat16, float32 or float64. Load the model in one of these."
+            )
+        assert self.plan.coupling is not None
+        tape = Tape(
+            self.plan.coupling,
+            self.plan.arithmetic,
+            hidden,
+            drift_tolerance=self.plan.drift_tolerance,
+            anchor_every=self.plan.anchor_every,
+            name=self.name,
+        )
+        self._running[threading.get_ident()] = tape
+        return tape
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": {}}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter's view of a layer: where the layer stands, and the adapters inside F and G (or None)."""
+
+    segment: Segment
+    index: int
+    f: Bottleneck | None = None
+    g: Bottleneck | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call the layer."""
+        return self.segment.layer_name(self.index)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.f is not None or self.g is not None
+
+
+def _followed(tape: Tape, hidden: Tensor) -> bool:
+    """Puts the alias that a hook returned in the place of the visible hidden state; False if it was detached.
+
+    Hooks on the gradient of a layer's output (FSDP, full backward hooks) hang on the alias.
+    """
+    newest, handles = tape.coupling.newest, list(tape.live_handles())
+    if hidden.requires_grad != handles[newest].requires_grad:
+        return False
+    handles[newest] = hidden
+    tape.handles = (handles[0], handles[1])
+    return True

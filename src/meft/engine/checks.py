@@ -1,0 +1,89 @@
+"""What must hold for a step to be rebuilt and differentiated, looked at before it is too late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft.errors import DoubleBackwardError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
+
+from .sharding import refuse_flat
+from .tape import Tape, version_of
+
+
+def check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> None:
+    """Looks for tensors in a function's graph that require gradients and would get none."""
+    names = {id(tensor) for tensor in known}
+    for node in nodes_of(values):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and id(variable) not in names:
+            refuse_flat(variable, tape.name)
+            raise UnsupportedModelError(
+                f"A layer of {tape.name} uses a tensor of shape {tuple(variable.shape)} that requires "
+                "gradients but is neither one of its parameters nor among its arguments (another module's weight, or "
+                "something that an earlier layer or run left behind), so a reversible layer could not pass its "
+                "gradient on. Freeze that tensor (requires_grad_(False)), leave this stack out with stacks=[...], or "
+                'use backward="cached".'
+            )
+
+
+def programs_of(values: tuple[Tensor, ...]) -> tuple[type, ...]:
+    """The compiled programs that a function's values came from: each is a class of autograd functions of its own."""
+    found = []
+    for node in nodes_of(values):
+        if type(node).__name__ == "CompiledFunctionBackward":
+            found.append(type(node))
+    return tuple(found)
+
+
+def check_programs(tape: Tape, first: tuple[type, ...], second: tuple[type, ...]) -> None:
+    """Raises ReconstructionError if the recomputation ran other compiled programs than the forward pass."""
+    if first != second:
+        raise ReconstructionError(
+            f"Layer {tape.layer_of(tape.level)} of {tape.name} ran other compiled programs in the recomputation "
+            f"({len(second)}) than in the forward pass ({len(first)}), which may round otherwise: one of them was "
+            "compiled in between, for other shapes or settings. Compile whole layers after make_reversible "
+            "(layer.compile()), or pass dynamic=True or dynamic=False where modules inside them are compiled. This "
+            "step's gradients were not applied."
+        )
+
+
+def nodes_of(values: tuple[Tensor, ...]) -> Iterator[Any]:
+    """Every node of the graphs that end in some values, once, in an order that depends on the graphs alone."""
+    pending = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
+
+
+def check_backward(ctx: Any) -> None:
+    index = ctx.tape.layer_of(ctx.level)
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(
+            f"create_graph=True asks for gradients of gradients through layer {index} of {ctx.tape.name}, "
+            "which a reversible layer does not keep the graph for. Call backward() without create_graph, or use "
+            'backward="cached", which can be differentiated twice.'
+        )
+    present = {id(parameter) for module in ctx.layer.modules for parameter in module._parameters.values()}
+    if present and any(id(parameter) not in present for parameter in ctx.layer.parameters):
+        raise ModifiedTensorError(
+            f"The weights that layer {index} of {ctx.tape.name} had in the forward pass are no longer its own, "
+            "so its activations cannot be rebuilt (torch.func.functional_call swaps weights for one call). Keep the "
+            'weights in place until backward() is done, or use backward="cached".'
+        )
+    tensors = (*ctx.layer.outside, *ctx.layer.parameters)
+    changed = [tuple(t.shape) for t, v in zip(tensors, ctx.versions, strict=True) if version_of(t) != v]
+    if changed:
+        raise ModifiedTensorError(
+            f"{len(changed)} of the weights or inputs of layer {index} of {ctx.tape.name} were modified in "
+            f"place between the forward and the backward pass (the first has shape {changed[0]}), so its activations "
+            "cannot be rebuilt. Call backward() before optimizer.step(), load_state_dict() or other in-place changes."
+        )

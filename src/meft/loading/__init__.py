@@ -1,0 +1,1 @@
+"""Models, tokenizers and adapters from folders and from the hub."""

@@ -1,0 +1,305 @@
+"""Loading models, adapters and tokenizers, with errors that say which file is at fault."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import transformers
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# Transformers 5.17 exports the name from its root only beside torchvision, which this class can do without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import logging as transformers_logging
+
+from meft.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
+from meft.storage.files import check_safetensors
+from meft.training.arguments import ModelArguments
+
+# Names on the hub have one slash at most and begin with a letter or a digit.
+_LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
+# Tokenizers that know no limit report a number beyond any model's.
+_NO_LIMIT = 10**6
+
+
+def has_file(path: str, name: str) -> bool:
+    """Whether `path` is a local folder with a file of that name."""
+    return (Path(path) / name).is_file()
+
+
+def load_config(arguments: ModelArguments, name: str, what: str | None = None) -> PretrainedConfig:
+    """Loads the configuration of the model called `name`, a folder or a name on the hub.
+
+    Args:
+        arguments: What the user said about the model.
+        name: Its folder or its name on the hub.
+        what: What the model is for, in messages.
+
+    Raises:
+        CheckpointError: There is no such folder, or its configuration cannot be read.
+        UnsupportedModelError: Transformers does not know the model.
+    """
+    if _LOCAL.match(name) and not Path(name).is_dir():
+        what = "is a file" if Path(name).exists() else "does not exist"
+        raise CheckpointError(
+            f"{name}, where the model should be, {what}. Give a model's folder or its name on the hub."
+        )
+    with _loading(name, what):
+        return AutoConfig.from_pretrained(arguments.config_name or name, **_hub_options(arguments))
+
+
+def load_tokenizer(arguments: ModelArguments, name: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with a padding token: the end token where it has none of its own."""
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **_hub_options(arguments))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UnsupportedModelError(
+                f"The tokenizer of {name} has neither a padding nor an end token, so texts of different lengths cannot "
+                "be put in one batch. Give another with --tokenizer_name."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_image_processor(arguments: ModelArguments, name: str) -> BaseImageProcessor:
+    """Loads the image processor, the one that computes with Pillow and NumPy and gives the same pixels everywhere.
+
+    Raises:
+        CheckpointError: The model has none.
+        UnsupportedModelError: There is no such image processor without torchvision.
+    """
+    with _loading(name, "images"):
+        return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub_options(arguments))
+
+
+def load_model(
+    arguments: ModelArguments, name: str, config: PretrainedConfig, auto_model: Any, what: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a model with its head.
+
+    Args:
+        arguments: What the user said about the model.
+        name: Its folder or its name on the hub.
+        config: Its configuration, changed to what the task needs.
+        auto_model: The Auto class of Transformers that knows the head.
+        what: What the model is for, in messages.
+
+    Returns:
+        The model and the modules that its checkpoint has no weights for, which start at random.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or damaged, or its tensors have other sizes.
+        UnsupportedModelError: There is no such model with that head.
+    """
+    options: dict[str, Any] = {"dtype": arguments.dtype, "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    _check_weights(Path(name))
+    with _loading(name, what):
+        model, info = auto_model.from_pretrained(
+            name, config=config, output_loading_info=True, **options, **_hub_options(arguments)
+        )
+    return model, _new_modules(model, info)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a tokenizer that knows more tokens than the model called `name`.
+
+    Raises:
+        ConfigError: It does.
+    """
+    weight: Any = model.get_input_embeddings().weight
+    embedded = len(weight)
+    if len(tokenizer) > embedded:
+        raise ConfigError(
+            f"The tokenizer knows {len(tokenizer)} tokens and {name} only {embedded}, so they do not belong together. "
+            "Give the model's own with --tokenizer_name."
+        )
+
+
+def load_adapter(model: PreTrainedModel, path: str, base: str) -> peft.PeftModel:
+    """Puts the adapter at `path` on its base model.
+
+    Raises:
+        CheckpointError: The adapter is truncated, lacks weights, or belongs to another base model.
+    """
+    _check_weights(Path(path))
+    with _loading(path), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return peft.PeftModel.from_pretrained(model, path)
+        except (RuntimeError, ValueError, UserWarning) as error:
+            if isinstance(error, (CheckpointError, ConfigError, UnsupportedModelError)):
+                raise
+            raise CheckpointError(
+                f"The adapter in {path} does not fit the base model {base}: {first_line(error)} "
+                "Give the model that it was trained on with --base_model_name_or_path."
+            ) from error
+
+
+def check_trained(name: str, new_modules: Sequence[str]) -> None:
+    """Refuses to evaluate a model some of whose weights were never trained.
+
+    Raises:
+        CheckpointError: The checkpoint lacks weights.
+    """
+    if new_modules:
+        raise CheckpointError(
+            f"{name} has no weights for {', '.join(new_modules)}, so its predictions would be random. Give a model "
+            "that was trained for this task."
+        )
+
+
+def load_adapter_config(path: str, task_type: str | None) -> peft.PeftConfig:
+    """Reads what an adapter says about itself.
+
+    Raises:
+        CheckpointError: It cannot be read, or was trained for another type of task than PEFT's `task_type`.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}/{CONFIG_NAME} cannot be read: {error}. Copy the adapter again.") from error
+    if config.task_type != task_type:
+        raise CheckpointError(
+            f"The adapter in {path} was trained for {config.task_type}; this task takes adapters for {task_type}. "
+            "Give the --task that it was trained on."
+        )
+    return config
+
+
+def heads_to_save(model: PreTrainedModel, new_modules: Sequence[str], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The modules that must be trained and saved beside an adapter, but for those that PEFT knows of.
+
+    These are the task head (BART calls it `classification_head`) and whatever started at random: left out of the
+    adapter's file, a pooler that the checkpoint lacked would be another one after loading.
+
+    Args:
+        model: The model before its method is applied.
+        new_modules: The modules that started at random.
+        known: The heads that PEFT trains and saves of its own accord.
+    """
+    heads = {name for name, child in model.named_children() if name != model.base_model_prefix and _has_weights(child)}
+    inner = {name for name in new_modules if name.split(".")[0] not in heads}
+    return tuple(sorted(heads - set(known)) + sorted(inner))
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
+    """How many tokens a row may have.
+
+    Raises:
+        ConfigError: More are wanted than the model takes, or neither model nor tokenizer knows a limit.
+    """
+    longest = longest_input(model, tokenizer)
+    if wanted is not None and longest is not None and wanted > longest:
+        raise ConfigError(f"max_seq_length is {wanted}; this model takes at most {longest} tokens.")
+    if wanted is None and longest is None:
+        raise ConfigError("This model has no limit to the length of its input. Give one with --max_seq_length.")
+    return wanted or longest or 0
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens the model takes; `None` where neither it nor its tokenizer knows a limit."""
+    limits = [limit for limit in (tokenizer.model_max_length, _positions(model)) if limit and limit < _NO_LIMIT]
+    return min(limits, default=None)
+
+
+def absolute(name: str) -> str:
+    """The absolute path of a local folder, so that a saved adapter finds its base from anywhere; else `name`."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides the loading bar and the report of new weights: both are said in a sentence of our own."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(name: str, what: str | None = None) -> Iterator[None]:
+    """Turns what Transformers, PEFT and safetensors raise into errors of `meft`."""
+    try:
+        with quiet_transformers():
+            yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"A weights file of {name} is truncated or damaged ({error}). Copy or download it again."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"A file of {name} is not valid JSON ({error}). Copy or download it again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} could not be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise CheckpointError(
+            f"The weights of {name} do not have the sizes of the model: {first_line(error)} For a task head that was "
+            "trained on another number of labels give --ignore_mismatched_sizes."
+        ) from error
+    except (ValueError, KeyError) as error:
+        if isinstance(error, (ConfigError, UnsupportedModelError)):
+            raise
+        kind = f"model for {what}" if what else "model"
+        raise UnsupportedModelError(
+            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {first_line(error)}"
+        ) from error
+
+
+def _hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "revision": arguments.revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def _check_weights(folder: Path) -> None:
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors")):
+            check_safetensors(path)
+
+
+def _new_modules(model: nn.Module, info: Any) -> list[str]:
+    missing = info["missing_keys"] if isinstance(info, dict) else info.missing_keys
+    mismatched = info["mismatched_keys"] if isinstance(info, dict) else info.mismatched_keys
+    names = {*missing, *(key[0] if isinstance(key, (tuple, list)) else key for key in mismatched)}
+    return sorted({name.rsplit(".", 1)[0] for name, _ in model.named_parameters() if name in names})
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from the padding index on, so that many rows of the table are never reached.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return positions
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -1,0 +1,1 @@
+"""MEFT as a PEFT method."""

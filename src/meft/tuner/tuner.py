@@ -1,0 +1,379 @@
+"""MEFT as a PEFT method: the layer, the tuner, and their registration.
+
+Adapter parameters lie flat, `meft_f_down.<adapter>.weight`, as PEFT's state dicts want them; a `Bottleneck` made of
+them is what the couplings see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, TaskType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.utils import logging
+
+from meft.backbone.adapters import Bottleneck, new_projections
+from meft.backbone.architectures import feed_forward_of
+from meft.backbone.compilation import is_compiled
+from meft.backbone.conversion import name_units, prepare_stack, undo
+from meft.backbone.discovery import Stack, find_stacks, pretrained_of
+from meft.backbone.layers import ReversibleLayer
+from meft.backbone.stack import Placement, Segment
+from meft.engine.sharding import refuse_sharded
+from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
+from meft.loss import attach, detach
+
+from .config import ADAPTER_ONLY, MeftConfig
+from .peft_type import MEFT
+
+logger = logging.get_logger(__name__)
+
+_ACTIVATION_NAMES = (
+    "hidden_act",
+    "activation_function",
+    "hidden_activation",
+    "activation",
+    "dense_act_fn",
+    "encoder_activation_function",
+    "mlp_hidden_act",
+)
+_DROPOUT_NAMES = ("hidden_dropout_prob", "dropout", "hidden_dropout", "resid_pdrop", "dropout_rate", "resid_dropout")
+
+_BART_HEAD = "classification_head"
+
+
+class MeftLayer(ReversibleLayer, BaseTunerLayer):
+    """A pretrained layer (`base_layer`) with the MEFT adapters of any number of names.
+
+    Args:
+        layer: the pretrained layer.
+        adapter_name: the first adapter.
+        stack: the stack the layer belongs to.
+        config: the adapter's options.
+        segment: the stack under that adapter.
+        index: the layer's position.
+    """
+
+    adapter_layer_names = ("meft_f_down", "meft_f_up", "meft_g_down", "meft_g_up")
+    other_param_names = ("meft_places",)
+
+    def __init__(
+        self, layer: nn.Module, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int
+    ) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.meft_places: dict[str, tuple[Segment, int, Callable[[Tensor], Tensor], float]] = {}
+        # Those of deleted adapters too: what they changed is taken back when the layer is.
+        self.segments: list[Segment] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = adapter_name
+        self.merged_adapters: list[str] = []
+        self.training = layer.training
+        self.update_layer(adapter_name, stack, config, segment, index)
+
+    @property
+    def pretrained(self) -> nn.Module:
+        return self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def update_layer(self, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int) -> None:
+        """Adds an adapter to this layer; a frozen layer gets none."""
+        self.meft_places[adapter_name] = (segment, index, _activation(stack), _dropout(stack))
+        self.segments.append(segment)
+        if segment.frozen(index):
+            return
+        # The parallel adapter must have a place before anything is changed.
+        feed_forward_of(self.base_layer, segment.layer_name(index), config.feedforward_module)
+        for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
+            down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
+            getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
+            getattr(self, f"meft_{function}_up")[adapter_name] = up.to(self._reference().dtype)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def placement(self) -> Placement | None:
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.meft_places]
+        if not active:
+            return None
+        _check_single(active)
+        segment, index, activation, dropout = self.meft_places[active[0]]
+        f, g = (self._bottleneck(function, active[0], activation, dropout) for function in ("f", "g"))
+        return Placement(segment, index, f, g)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_names, str):
+            _check_single(list(adapter_names))
+        super().set_adapter(adapter_names, inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise _cannot_merge()
+
+    def unmerge(self) -> None:
+        raise _cannot_merge()
+
+    def train(self, mode: bool = True) -> MeftLayer:
+        nn.Module.train(self, mode)
+        return self
+
+    def _bottleneck(
+        self, function: str, adapter_name: str, activation: Callable[[Tensor], Tensor], dropout: float
+    ) -> Bottleneck | None:
+        down, up = getattr(self, f"meft_{function}_down"), getattr(self, f"meft_{function}_up")
+        if adapter_name not in down:
+            return None
+        return Bottleneck(down[adapter_name], up[adapter_name], activation, dropout, self)
+
+    def _reference(self) -> Tensor:
+        """The parameter whose device and dtype adapters follow: a whole layer has no weight of its own."""
+        return next(parameter for parameter in self.base_layer.parameters() if parameter.is_floating_point())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, which calls it on weights it has just loaded as well: those are never rounded."""
+        reference = self._reference()
+        for name in self.adapter_layer_names:
+            projections = getattr(self, name)
+            if adapter_name not in projections:
+                continue
+            projection = projections[adapter_name]
+            if not any(parameter.is_meta for parameter in projection.parameters()):
+                dtype = torch.promote_types(reference.dtype, projection.weight.dtype)
+                projection.to(device or reference.device, dtype)
+
+
+class MeftModel(BaseTuner):
+    """The tuner: puts a `MeftLayer` in the place of every layer of every stack."""
+
+    prefix = "meft_"
+    tuner_layer_cls = MeftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = cast(MeftConfig, self.peft_config[adapter_name])
+        plan = config.plan()
+        refuse_sharded(model)
+        stacks = find_stacks(model, config.stacks)
+        _refuse_plain_reversible(stacks)
+        _refuse_same_name(stacks, adapter_name, config)
+        self._check_base(config, stacks)
+        # Everything that can be refused is refused here, before the model is changed.
+        places = {}
+        for stack in stacks:
+            segment = stack.segment(plan)
+            _refuse_shared(stack)
+            for index, layer in enumerate(stack.layers):
+                if not segment.frozen(index):
+                    pretrained = pretrained_of(layer)
+                    feed_forward_of(pretrained, segment.layer_name(index), config.feedforward_module)
+                    _refuse_compiled(layer, segment.layer_name(index))
+                places[f"{stack.name}.{index}"] = (stack, segment, index)
+        self._places = places
+        for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
+            prepare_stack(stack, segment)
+        name_units(model, stacks, next(iter(places.values()))[1], MeftLayer.__name__)
+        _train_head(model, config)
+        # Which layers are taken follows from the model, not from the names in a state dict.
+        kwargs.pop("state_dict", None)
+        super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
+        if config.fused_loss and config.coupling != ADAPTER_ONLY:
+            attach(model)
+
+    def _check_target_module_exists(self, peft_config: MeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._places
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        stack, segment, index = self._places[current_key]
+        config = cast(MeftConfig, peft_config)
+        if isinstance(target, MeftLayer):
+            target.update_layer(adapter_name, stack, config, segment, index)
+            return
+        layer = MeftLayer(target, adapter_name, stack, config, segment, index)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own reads `weight` of the layers, which whole layers lack."""
+        if isinstance(child, MeftLayer):
+            for segment in child.segments:
+                undo(segment)
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT runs every call within this; for other methods it gives each row of a batch its own adapter."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                f"adapter_names={kwargs['adapter_names']!r} asks for another adapter in each row of the batch, but two "
+                "streams follow one coupling. Run the model once for each adapter, after model.set_adapter(...)."
+            )
+        yield
+
+    def unload(self) -> nn.Module:
+        """Takes the adapters out of the model, and what was done to its loss head."""
+        model = super().unload()
+        detach(model)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        raise _cannot_merge()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str):
+            _check_single(list(adapter_name))
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _check_base(self, config: MeftConfig, stacks: list[Stack]) -> None:
+        """Refuses a saved adapter that was made for another base model, and notes what a new one is made for."""
+        found = [
+            {
+                "layer": type(pretrained_of(stack.layers[0])).__name__,
+                "layers": len(stack.layers),
+                "hidden_size": stack.hidden_size,
+            }
+            for stack in stacks
+        ]
+        # A configuration that was injected before may serve another model; one that was saved may not.
+        if config.base_layers not in (None, found) and not config.injected:
+            raise CheckpointError(
+                f"The adapter in {config.loaded_from or 'this configuration'} was made for another base model: for "
+                f"{_described(config.base_layers)}, but {type(self.model).__name__} has {_described(found)}. Load "
+                f"it on its own base model ({config.base_model_name_or_path}); base_layers=None takes its options "
+                "only."
+            )
+        config.base_layers, config.injected = found, True
+
+
+def _train_head(model: nn.Module, config: MeftConfig) -> None:
+    """BART calls its head for sequences by a name that PEFT does not know; it would stay random, untrained."""
+    if config.task_type != TaskType.SEQ_CLS or not isinstance(getattr(model, _BART_HEAD, None), nn.Module):
+        return
+    if _BART_HEAD not in (config.modules_to_save or []):
+        config.modules_to_save = [*(config.modules_to_save or []), _BART_HEAD]
+
+
+def _check_single(adapter_names: list[str]) -> None:
+    if len(adapter_names) > 1:
+        raise ConfigError(
+            f"MEFT adapters {adapter_names} are active together, but two streams can follow one coupling only. "
+            f"Activate one of them: model.set_adapter({adapter_names[0]!r})."
+        )
+
+
+def _cannot_merge() -> ConfigError:
+    return ConfigError(
+        "MEFT adapters cannot be merged: two coupled streams are not a change of the pretrained weights. Keep the "
+        'adapter beside its base model, or train LoRA under make_reversible(model, coupling="momentum"), whose result '
+        "merges."
+    )
+
+
+def _refuse_plain_reversible(stacks: list[Stack]) -> None:
+    for stack in stacks:
+        if any(type(layer) is ReversibleLayer for layer in stack.layers):
+            raise ConfigError(
+                f"{stack.name} of {type(stack.owner).__name__} was made reversible by make_reversible. Call "
+                "meft.restore(model) before adding a MEFT adapter."
+            )
+
+
+def _refuse_same_name(stacks: list[Stack], adapter_name: str, config: MeftConfig) -> None:
+    """PEFT only warns when a model is given adapters a second time, and one would take the other's place."""
+    for stack in stacks:
+        for layer in stack.layers:
+            if isinstance(layer, MeftLayer) and adapter_name in layer.meft_places:
+                plan = layer.meft_places[adapter_name][0].plan
+                coupling = ADAPTER_ONLY if plan.coupling is None else plan.coupling.name
+                raise ConfigError(
+                    f"{stack.name} of {type(stack.owner).__name__} has a MEFT adapter {adapter_name!r} already, of "
+                    f"coupling={coupling!r}; another one of coupling={config.coupling!r} cannot take its place. Add it "
+                    "under a name of its own, model.add_adapter(name, config), and switch with "
+                    "model.set_adapter(name); or call model.unload() first."
+                )
+
+
+def _refuse_shared(stack: Stack) -> None:
+    """PEFT visits a module once, however often it stands in a list."""
+    if len({id(layer) for layer in stack.layers}) < len(stack.layers):
+        raise UnsupportedModelError(
+            f"{stack.name} of {type(stack.owner).__name__} holds the same layer several times, which would share one "
+            "set of adapters. Use make_reversible with LoRA, or give each place a layer of its own."
+        )
+
+
+def _refuse_compiled(layer: nn.Module, name: str) -> None:
+    """Adapters are placed by hooks, which a compiled module may not run."""
+    for path, module in layer.named_modules():
+        if is_compiled(module):
+            raise UnsupportedModelError(
+                f"{path + ' in ' if path else ''}{name} is compiled, and a compiled module may leave out the adapters "
+                "that MEFT places in it. Add the adapter to a model that is not compiled, and compile the whole model "
+                "afterwards (torch.compile(model))."
+            )
+
+
+def _described(layers: list[dict[str, Any]] | None) -> str:
+    return " and ".join(f"{s['layers']} {s['layer']} of width {s['hidden_size']}" for s in layers or [])
+
+
+def _activation(stack: Stack) -> Callable[[Tensor], Tensor]:
+    """The model's own non-linearity: named by its configuration, or a module of its layers; else GELU, with a word."""
+    for name in _ACTIVATION_NAMES:
+        value = getattr(stack.config, name, None)
+        if isinstance(value, str) and value in ACT2FN:
+            activation = ACT2FN[value]
+            # Some have parameters of their own, which are the model's.
+            if not _has_parameters(activation):
+                return activation
+        if callable(value) and not isinstance(value, type):
+            return value
+    values = (value[0] if isinstance(value, tuple) else value for value in ACT2CLS.values())
+    known = tuple(value for value in values if isinstance(value, type))
+    for module in pretrained_of(stack.layers[0]).modules():
+        if isinstance(module, known) and not _has_parameters(module):
+            return module
+    logger.warning_once(
+        f"The non-linearity of {type(stack.owner).__name__} is not known: its configuration has none of "
+        f"{', '.join(_ACTIVATION_NAMES)}. The adapters use GELU."
+    )
+    return ACT2FN["gelu"]
+
+
+def _has_parameters(activation: Any) -> bool:
+    return isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None
+
+
+def _dropout(stack: Stack) -> float:
+    for name in _DROPOUT_NAMES:
+        value = getattr(stack.config, name, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.0
+
+
+def register() -> None:
+    """Registers the method with PEFT; importing `meft` does it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if MEFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="meft", config_cls=MeftConfig, model_cls=MeftModel, prefix="meft_")

@@ -1,0 +1,1 @@
+"""Kinds of tasks that `meft train` knows where the laboratory is installed."""

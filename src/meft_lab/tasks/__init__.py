@@ -1,0 +1,22 @@
+"""Tasks: their rows, labels and metrics."""
+
+from meft.training.data.base import TaskData, TaskSpec
+from meft.training.data.files import FileOptions, load_files
+
+from .glue import GLUE_TASKS, load_glue
+from .image_tasks import IMAGE_TASKS
+from .images import load_images
+from .multiple_choice import QUESTION_TASKS, load_multiple_choice
+
+__all__ = [
+    "GLUE_TASKS",
+    "IMAGE_TASKS",
+    "QUESTION_TASKS",
+    "FileOptions",
+    "TaskData",
+    "TaskSpec",
+    "load_files",
+    "load_glue",
+    "load_images",
+    "load_multiple_choice",
+]
