@@ -348,7 +348,7 @@ def test_what_a_block_changes_in_its_arguments_is_whole_for_the_next_run(given: 
         changed.clear()
         return hidden
 
-    function = Call((given,), {}, "a layer").function("F", block)
+    function = CallArguments((given,), {}, "a layer").function("F", block)
     for _ in range(2):
         function(torch.zeros(2), ())
     assert seen == [[1, 2], [1, 2]]

@@ -154,9 +154,9 @@ def test_what_is_compiled_around_layers_compiles_them(form: Callable[..., Any], 
         found = step(model, called=called)
     assert observer.worst == 0 and observer.seen == LAYERS
     compiler = layers_of(model)[0]
-    segment = getattr(compiler, "_orig_mod", compiler)._placement.segment
+    reversible_stack = getattr(compiler, "_orig_mod", compiler)._placement.reversible_stack
     # Compiled with the options of what is around, and every break is one that a layer asks for.
-    assert [compiler.options["backend"].compiler_name for compiler in segment.compilers] == [backend]
+    assert [compiler.options["backend"].compiler_name for compiler in reversible_stack.compilers] == [backend]
     breaks = [reason for reason in counters["graph_break"] if "torch.compiler.disable" not in reason]
     assert breaks == [], breaks
     assert_close(found, step(reversible(small(dropout=0.0))), relative=1e-5)
@@ -345,5 +345,5 @@ def test_the_trainer_s_own_flag(tmp_path: Path) -> None:
         disable_tqdm=True,
     )
     assert Trainer(model, arguments, train_dataset=rows).train().training_loss > 0
-    (compiler,) = layers_of(model)[0]._placement.segment.compilers
+    (compiler,) = layers_of(model)[0]._placement.reversible_stack.compilers
     assert compiler.options["backend"].compiler_name == QUICK and compiler._programs

@@ -83,7 +83,7 @@ def test_a_failed_forward_pass_leaves_nothing_running() -> None:
     with pytest.raises(KeyError, match="on purpose"):
         model(**batch)
     handle.remove()
-    assert not layers[0]._placement.segment._running
+    assert not layers[0]._placement.reversible_stack._running
     model(**batch).loss.backward()
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meft.engine.arithmetic import Arithmetic, FixedPoint, FloatArithmetic
 from meft.engine.couplings import COUPLINGS, make_coupling
-from meft.engine.engine import Layer, Tape, finish, observed_by, run_layer
+from meft.engine.engine import LayerCall, Tape, finish, observed_by, run_layer
 from meft.engine.tape import relative_deviation
 from meft.errors import (
     ConsumedTapeError,
@@ -63,7 +63,7 @@ def forward(
         f, g = stack[2 * index], stack[2 * index + 1]
         pair = nn.ModuleList([f] if coupling == "momentum" else [f, g])
         parameters = tuple(parameter for parameter in pair.parameters() if parameter.requires_grad)
-        layer = Layer({"F": f, "G": g}, parameters, outside, tuple(pair.modules()))
+        layer = LayerCall({"F": f, "G": g}, parameters, outside, tuple(pair.modules()))
         run_layer(tape, layer, reversible=reversible(index))
     return finish(tape)
 
@@ -175,7 +175,9 @@ def test_packed_residues_are_counted_a_division() -> None:
     hidden = torch.randn(1, 1, WIDTH, requires_grad=True)
     stack = blocks()
     tape = Tape(make_coupling("meft3", lam=1 / 8, beta=1 / 3), EXACT, hidden)
-    output, *_ = run_layer(tape, Layer({"F": stack[0], "G": stack[1]}, tuple(stack[:2].parameters())), reversible=True)
+    output, *_ = run_layer(
+        tape, LayerCall({"F": stack[0], "G": stack[1]}, tuple(stack[:2].parameters())), reversible=True
+    )
     assert Graph(output).saved_bytes() == [WIDTH * 3 // 8 + WIDTH * 2 // 8]
 
 
@@ -263,7 +265,7 @@ def test_a_second_backward_is_refused(hidden: Tensor) -> None:
 def test_a_loss_on_an_inner_hidden_state_alone_is_refused(hidden: Tensor) -> None:
     stack = blocks()
     tape = Tape(make_coupling("meft1"), EXACT, hidden)
-    layers = [Layer({"F": block, "G": block}, tuple(block.parameters())) for block in stack]
+    layers = [LayerCall({"F": block, "G": block}, tuple(block.parameters())) for block in stack]
     states = [run_layer(tape, layer, reversible=True)[0] for layer in layers]
     with pytest.raises(ConsumedTapeError, match="they now lie above layer 9"):
         states[3].sum().backward()  # the tape holds what layer 9 left
@@ -504,7 +506,7 @@ def run_and_collect_tapes(hidden: Tensor) -> Iterator[Tape]:
     stack = blocks()
     tape = Tape(make_coupling("meft1"), EXACT, hidden)
     for block in copy.deepcopy(stack):
-        run_layer(tape, Layer({"F": block, "G": block}, tuple(block.parameters())), reversible=True)
+        run_layer(tape, LayerCall({"F": block, "G": block}, tuple(block.parameters())), reversible=True)
     yield tape
     finish(tape).sum().backward()
     assert tape.kept is None and tape.streams is None and tape.handles is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import meft
 from meft.engine.arithmetic import FixedPoint, FloatArithmetic
 from meft.engine.couplings import Step, make_coupling
-from meft.engine.engine import Layer, Tape, finish, run_layer
+from meft.engine.engine import LayerCall, Tape, finish, run_layer
 from meft.errors import ConfigError
 from meft.methods.registry import MethodOptions, apply_method, check_method
 from support import models
@@ -176,7 +176,7 @@ def test_streams_without_a_batch_dimension() -> None:
         hidden = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
         tape = Tape(coupling, arithmetic, hidden)
         for _ in range(2):
-            run_layer(tape, Layer({"F": lambda x, _: torch.tanh(x @ weight)}, (weight,)), reversible=not keep)
+            run_layer(tape, LayerCall({"F": lambda x, _: torch.tanh(x @ weight)}, (weight,)), reversible=not keep)
         finish(tape).square().sum().backward()
         found.append({"hidden": hidden.grad, "weight": weight.grad})
         weight.grad = None

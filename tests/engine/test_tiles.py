@@ -16,7 +16,7 @@ from meft.backbone.layers import tokenwise
 from meft.backbone.plan import Plan
 from meft.engine.arithmetic import FixedPoint, FloatArithmetic
 from meft.engine.couplings import make_coupling
-from meft.engine.engine import Layer, Tape, finish, run_layer
+from meft.engine.engine import LayerCall, Tape, finish, run_layer
 from meft.engine.tiles import packed_slab, slabs, tile_of, tiles
 from meft.errors import ConfigError, UnsupportedModelError
 from support.peft_helpers import assert_close, assert_equal, gradients, llama, neox
@@ -96,7 +96,7 @@ def run(
         parameters = tuple(parameter for block in own.values() for parameter in block.parameters())
         run_layer(
             tape,
-            Layer(own, parameters, modules=tuple(own.values()), tile_sizes={"G": size} if size else {}),
+            LayerCall(own, parameters, modules=tuple(own.values()), tile_sizes={"G": size} if size else {}),
             reversible=reversible,
         )
     output = finish(tape)
@@ -210,7 +210,9 @@ def test_streams_are_rebuilt_in_place() -> None:
     hidden = torch.randn(1, 1 << 14, WIDTH, requires_grad=True)
     tape = Tape(make_coupling("meft1", lam=1 / 4, beta=1 / 4), FixedPoint(16), hidden)
     for _ in range(2):
-        run_layer(tape, Layer({"F": lambda x, outside: x.tanh(), "G": lambda x, outside: x.tanh()}), reversible=True)
+        run_layer(
+            tape, LayerCall({"F": lambda x, outside: x.tanh(), "G": lambda x, outside: x.tanh()}), reversible=True
+        )
     output = finish(tape)
     before = {stream.data_ptr() for stream in tape.kept}
     seen: list[set[int]] = []

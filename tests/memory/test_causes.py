@@ -22,7 +22,7 @@ from meft.memory.measurement.causes import (
     Attribution,
     phases_of,
 )
-from meft.memory.measurement.timeline import Block, build_timeline, peak_between
+from meft.memory.measurement.timeline import Allocation, build_timeline, peak_between
 from meft.methods.registry import apply_method
 from support.models import batch, build
 
@@ -119,7 +119,7 @@ def test_two_stacks_have_something_between_them() -> None:
 
 
 def test_peaks_of_a_part_of_a_timeline() -> None:
-    blocks = [Block(1, 10, 0, 4), Block(2, 20, 1, 2), Block(3, 5, 3, None)]
+    blocks = [Allocation(1, 10, 0, 4), Allocation(2, 20, 1, 2), Allocation(3, 5, 3, None)]
 
     assert peak_between(blocks, 0, None) == (30, 1)
     assert peak_between(blocks, 2, None) == (15, 3)

@@ -22,7 +22,7 @@ ORDER = [
     {"plan", "replay", "tape"},
     {"checks", "routes"},
     {"engine", "adapters", "architectures"},
-    {"segment", "calls", "head"},
+    {"reversible_stack", "calls", "head"},
     {"layers"},
     {"discovery", "peft_type"},
     {"convert"},

@@ -118,11 +118,13 @@ def test_a_batch_without_labels_is_refused() -> None:
 def test_the_model_is_left_as_found(training: bool, options: dict[str, Any]) -> None:
     model, batch = lora_on("opt", **options).train(training), batch_of("opt")
     before, weights, state = anatomy(model), snapshot(model), torch.get_rng_state()
-    plans = [id(layer._placement.segment.plan) for layer in model.base_model.model.model.decoder.layers]
+    plans = [id(layer._placement.reversible_stack.plan) for layer in model.base_model.model.model.decoder.layers]
     meft.verify(model, batch, deploy=True)
     assert anatomy(model) == before and torch.equal(torch.get_rng_state(), state)
     assert_equal(model.state_dict(), weights)
-    assert [id(layer._placement.segment.plan) for layer in model.base_model.model.model.decoder.layers] == plans
+    assert [
+        id(layer._placement.reversible_stack.plan) for layer in model.base_model.model.model.decoder.layers
+    ] == plans
     assert not any(parameter.grad is not None for parameter in model.parameters())
     assert_equal(gradients(model.train(), batch), gradients(lora_on("opt", **options).train(), batch))
 

@@ -352,7 +352,7 @@ def test_model_and_generators_are_left_as_found(make: Callable[..., nn.Module], 
     model.bert.embeddings.training = not training
     layer = model.bert.encoder.layer[0]
     layer.gradient_checkpointing = True
-    plans = [wrapper.placement().segment.plan for wrapper in model.bert.encoder.layer]
+    plans = [wrapper.placement().reversible_stack.plan for wrapper in model.bert.encoder.layer]
     before, given = state_of(model), {name: value.clone() for name, value in batch.items()}
     python, arrays, torch_state = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
 
@@ -362,8 +362,8 @@ def test_model_and_generators_are_left_as_found(make: Callable[..., nn.Module], 
     assert same(given, batch)
     assert random.getstate() == python and numpy.random.get_state()[1].tolist() == arrays
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert [wrapper.placement().segment.plan for wrapper in model.bert.encoder.layer] == plans
-    assert not any(wrapper.placement().segment._running for wrapper in model.bert.encoder.layer)
+    assert [wrapper.placement().reversible_stack.plan for wrapper in model.bert.encoder.layer] == plans
+    assert not any(wrapper.placement().reversible_stack._running for wrapper in model.bert.encoder.layer)
 
 
 def test_what_the_layers_count_is_put_back() -> None:
@@ -390,7 +390,7 @@ def test_left_as_found_when_it_fails() -> None:
     with pytest.raises(StreamOverflowError):
         verify(model, models.batch("bert"))
     assert same(before, state_of(model))
-    assert model.bert.encoder.layer[0].placement().segment.plan.reversible
+    assert model.bert.encoder.layer[0].placement().reversible_stack.plan.reversible
 
 
 def test_a_pass_that_is_under_way_is_not_disturbed() -> None:

@@ -25,7 +25,7 @@ Block = Callable[..., Any]
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
-class Call:
+class CallArguments:
     """The arguments of one call, and the outputs of its blocks other than the hidden state.
 
     A block may also write into a mapping that it is handed (keys and values that later layers read), and Transformers

@@ -22,7 +22,7 @@ from .compilation import uncompiled
 from .discovery import Stack, check_module, find_stacks, pretrained_of
 from .layers import ReversibleLayer
 from .plan import Plan
-from .stack import Segment
+from .stack import ReversibleStack
 
 logger = logging.get_logger(__name__)
 
@@ -111,16 +111,16 @@ def make_reversible(
     taken = find_stacks(model, stacks)
     for stack in taken:
         _refuse_reversible(stack, plan)
-    segments = [stack.segment(plan) for stack in taken]
+    reversible_stacks = [stack.reversible_stack(plan) for stack in taken]
     _install_recording(model)
-    name_units(model, taken, segments[0], ReversibleLayer.__name__)
-    for stack, segment in zip(taken, segments, strict=True):
-        prepare_stack(stack, segment)
-        _freeze(stack, segment)
+    name_units(model, taken, reversible_stacks[0], ReversibleLayer.__name__)
+    for stack, reversible_stack in zip(taken, reversible_stacks, strict=True):
+        prepare_stack(stack, reversible_stack)
+        _freeze(stack, reversible_stack)
         for index, layer in enumerate(stack.layers):
-            stack.layers[index] = ReversibleLayer(layer, segment, index)
+            stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
     if fused_loss:
-        segments[0].changes.extend(attach(model))
+        reversible_stacks[0].changes.extend(attach(model))
     return model
 
 
@@ -148,7 +148,7 @@ def restore(model: nn.Module) -> nn.Module:
             "the model that was given to make_reversible; a MEFT adapter is removed by unload()."
         )
     for container, index, layer in wrapped:
-        undo(layer._placement.segment)
+        undo(layer._placement.reversible_stack)
         layer.pretrained.training = layer.training
         container[index] = layer.replaced
     # PEFT copies a head that it trains, together with what was done to it.
@@ -156,9 +156,9 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def prepare_stack(stack: Stack, segment: Segment) -> None:
-    """Changes what would go wrong in a reversible stack, and notes it in the segment for `undo`."""
-    if segment.plan.coupling is None:
+def prepare_stack(stack: Stack, reversible_stack: ReversibleStack) -> None:
+    """Changes what would go wrong in a reversible stack, and notes it in the reversible_stack for `undo`."""
+    if reversible_stack.plan.coupling is None:
         return
     for holder in (stack.parent, stack.config):
         layerdrop = getattr(holder, "layerdrop", 0.0)
@@ -166,33 +166,33 @@ def prepare_stack(stack: Stack, segment: Segment) -> None:
             logger.warning_once(
                 f"Layer drop ({layerdrop}) skips layers, which a reversible stack cannot: it was set to 0."
             )
-            _change(segment, holder, "layerdrop", 0.0)
-    segment.hooks.append(stack.owner.register_forward_hook(segment.check_ended))
+            _change(reversible_stack, holder, "layerdrop", 0.0)
+    reversible_stack.hooks.append(stack.owner.register_forward_hook(reversible_stack.check_ended))
 
 
-def name_units(model: nn.Module, stacks: Sequence[Stack], segment: Segment, wrapper: str) -> None:
+def name_units(model: nn.Module, stacks: Sequence[Stack], reversible_stack: ReversibleStack, wrapper: str) -> None:
     """Lets the model say that wrappers are not to be split, by devices or by FSDP, in place of the layers they hold.
 
     Args:
         model: the model that is converted.
         stacks: the stacks whose layers get wrappers.
-        segment: where the change is noted for `undo`.
+        reversible_stack: where the change is noted for `undo`.
         wrapper: name of the wrappers' class.
     """
     layers = {type(pretrained_of(layer)).__name__ for stack in stacks for layer in stack.layers}
     for module in model.modules():
         names = set(getattr(module, "_no_split_modules", None) or ()) if isinstance(module, PreTrainedModel) else set()
         if names & layers:
-            _change(segment, module, "_no_split_modules", names - layers | {wrapper})
+            _change(reversible_stack, module, "_no_split_modules", names - layers | {wrapper})
 
 
-def undo(segment: Segment) -> None:
+def undo(reversible_stack: ReversibleStack) -> None:
     """Takes back what conversion changed besides the layers."""
-    while segment.changes:
-        target, attribute, before = segment.changes.pop()
+    while reversible_stack.changes:
+        target, attribute, before = reversible_stack.changes.pop()
         setattr(target, attribute, before)
-    while segment.hooks:
-        segment.hooks.pop().remove()
+    while reversible_stack.hooks:
+        reversible_stack.hooks.pop().remove()
 
 
 def _refuse_reversible(stack: Stack, plan: Plan) -> None:
@@ -206,7 +206,7 @@ def _refuse_reversible(stack: Stack, plan: Plan) -> None:
             f"{name} has a MEFT adapter, which makes it reversible already. Take it out first with "
             "model = model.unload(), or train that adapter as it is: it needs no make_reversible."
         )
-    differing = plan.differences(wrapped._placement.segment.plan)
+    differing = plan.differences(wrapped._placement.reversible_stack.plan)
     change = f"with other options ({differing})" if differing else "with the options of this call"
     raise ConfigError(
         f"{name} is reversible already, {change}. To change them call meft.restore(model) first; otherwise leave the "
@@ -214,16 +214,16 @@ def _refuse_reversible(stack: Stack, plan: Plan) -> None:
     )
 
 
-def _freeze(stack: Stack, segment: Segment) -> None:
+def _freeze(stack: Stack, reversible_stack: ReversibleStack) -> None:
     """Spares the optimizer parameters that get no gradient; PEFT freezes a base model by itself."""
-    for layer in stack.layers[: segment.plan.frozen_layers]:
+    for layer in stack.layers[: reversible_stack.plan.frozen_layers]:
         for parameter in pretrained_of(layer).parameters():
             if parameter.requires_grad:
-                _change(segment, parameter, "requires_grad", False)
+                _change(reversible_stack, parameter, "requires_grad", False)
 
 
-def _change(segment: Segment, target: Any, attribute: str, value: Any) -> None:
-    segment.changes.append((target, attribute, getattr(target, attribute)))
+def _change(reversible_stack: ReversibleStack, target: Any, attribute: str, value: Any) -> None:
+    reversible_stack.changes.append((target, attribute, getattr(target, attribute)))
     setattr(target, attribute, value)
 
 

@@ -20,7 +20,7 @@ from .architectures.repeats import order_of
 from .compilation import uncompiled
 from .layers import ReversibleLayer
 from .plan import Plan
-from .stack import Segment
+from .stack import ReversibleStack
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 
@@ -78,7 +78,7 @@ class Stack:
         """Index of the layer that each call of a forward pass runs."""
         return order_of(nn.ModuleList(map(pretrained_of, self.layers)), self.config, self.name)
 
-    def segment(self, plan: Plan) -> Segment:
+    def reversible_stack(self, plan: Plan) -> ReversibleStack:
         """Describes this stack under a plan, and refuses what the plan cannot do with it."""
         model, order = type(self.owner).__name__, self.order
         plan.check_depth(f"{self.name} of {model}", len(order))
@@ -97,7 +97,7 @@ class Stack:
                     asked = 'coupling="meft3"' if plan.coupling.name == "meft3" else 'granularity="block"'
                     split_of(pretrained, name, asked)
         self._refuse_widths(model)
-        return Segment(plan, self.name, model, order, self.layers)
+        return ReversibleStack(plan, self.name, model, order, self.layers)
 
     def _refuse_widths(self, model: str) -> None:
         layers = [pretrained_of(layer) for layer in self.layers]

@@ -18,22 +18,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
-from meft.engine.engine import Layer, finish, readout, run_layer
+from meft.engine.engine import LayerCall, finish, readout, run_layer
 from meft.engine.sharding import check_sharding
 from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import Bottleneck, behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
-from .calls import Block, Call, recording, recording_off, split_hidden, split_output, without_cache
+from .calls import Block, CallArguments, recording, recording_off, split_hidden, split_output, without_cache
 from .compilation import Compiler, is_compiled, options_around, options_of, run, surrounding, uncompiled, whole
-from .stack import Placement, Segment
+from .stack import Placement, ReversibleStack
 
 logger = logging.get_logger(__name__)
 
 Runner = Callable[[Callable[..., Any], nn.Module, Tensor, tuple[Any, ...], Mapping[str, Any]], Any]
 """Runs (block, layer, hidden state, args, kwargs): `compilation.run` as it is, a `Compiler` compiled."""
 
-__all__ = ["Placement", "ReversibleLayer", "Segment"]
+__all__ = ["Placement", "ReversibleLayer", "ReversibleStack"]
 
 
 class ReversibleLayer(nn.Module):
@@ -44,16 +44,16 @@ class ReversibleLayer(nn.Module):
 
     Args:
         layer: the pretrained layer; kept unchanged as `pretrained`. One that is compiled is compiled here too.
-        segment: the stack it belongs to.
+        reversible_stack: the stack it belongs to.
         index: its position there, from 0.
     """
 
     gradient_checkpointing = False
     compiler: Compiler | None = None
 
-    def __init__(self, layer: nn.Module, segment: Segment, index: int) -> None:
+    def __init__(self, layer: nn.Module, reversible_stack: ReversibleStack, index: int) -> None:
         super().__init__()
-        options = options_of(layer, segment.layer_name(index))
+        options = options_of(layer, reversible_stack.layer_name(index))
         # What `restore` gives back.
         self.__dict__["replaced"] = layer
         layer = uncompiled(layer)
@@ -62,7 +62,7 @@ class ReversibleLayer(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             setattr(self, registry, getattr(layer, registry))
         self.training = layer.training
-        self._placement = Placement(segment, index)
+        self._placement = Placement(reversible_stack, index)
         if options is not None:
             self.compile(**options)
 
@@ -102,7 +102,7 @@ class ReversibleLayer(nn.Module):
                 f"compile() was given {args[0]!r} by position. The options of torch.compile are named: write "
                 'layer.compile(backend="inductor").'
             )
-        self.compiler = placement.segment.compiler(kwargs)
+        self.compiler = placement.reversible_stack.compiler(kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A constant of the trace if a compiler traces this, as part of the model or of a region of its own.
@@ -116,56 +116,58 @@ class ReversibleLayer(nn.Module):
         placement = self.placement()
         if placement is None:
             return self.pretrained(*args, **kwargs)
-        segment = placement.segment
-        if segment.plan.coupling is not None or segment.frozen(placement.index):
+        reversible_stack = placement.reversible_stack
+        if reversible_stack.plan.coupling is not None or reversible_stack.frozen(placement.index):
             self._switch_off_checkpointing()
         self._refuse_replica(placement)
         check_sharding(self, self.pretrained, placement.name)
         hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
-        if torch.is_grad_enabled() and segment.in_training():
+        if torch.is_grad_enabled() and reversible_stack.in_training():
             args, kwargs = without_cache(self.pretrained, placement.name, args, kwargs)
             self._unpack()
-        if segment.frozen(placement.index):
+        if reversible_stack.frozen(placement.index):
             with torch.no_grad():
                 return self.pretrained(hidden, *args, **kwargs)
-        deployed = segment.as_deployed()
+        deployed = reversible_stack.as_deployed()
         if deployed:
-            segment.end()  # what a forward pass cut short may have left
-        if deployed or segment.plan.coupling is None:
+            reversible_stack.end()  # what a forward pass cut short may have left
+        if deployed or reversible_stack.plan.coupling is None:
             output = self._uncoupled(placement, hidden, args, kwargs)
             self._tell_hooks(hidden, args, kwargs, output)
             return output
         try:
             return self._coupled(placement, self._compiler(placement, around), hidden, args, kwargs)
         except BaseException:
-            segment.end()
+            reversible_stack.end()
             raise
 
     def _compiler(self, placement: Placement, around: int | None) -> Compiler | None:
         """What compiles this call: only training rebuilds, and what Transformers records is taken from the modules."""
-        if not torch.is_grad_enabled() or not placement.segment.in_training() or recording():
+        if not torch.is_grad_enabled() or not placement.reversible_stack.in_training() or recording():
             return None
         if placement.has_adapters:
             return None
         options = surrounding(around)
-        return self.compiler if options is None else placement.segment.compiler(options)
+        return self.compiler if options is None else placement.reversible_stack.compiler(options)
 
     def _coupled(
         self, placement: Placement, compiler: Compiler | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        segment = placement.segment
-        tape = segment.tape(placement.index, hidden)
-        position = segment.plan.frozen_layers + tape.forward_depth
+        reversible_stack = placement.reversible_stack
+        tape = reversible_stack.tape(placement.index, hidden)
+        position = reversible_stack.plan.frozen_layers + tape.position
         # Of a stack in training every layer is rebuilt, also one that was put into evaluation for its dropout.
-        reversible = torch.is_grad_enabled() and segment.in_training() and segment.reversible(position)
-        call = Call(args, kwargs, placement.name)
-        vet = reversible and segment.vet(placement.index)
+        reversible = (
+            torch.is_grad_enabled() and reversible_stack.in_training() and reversible_stack.reversible(position)
+        )
+        call = CallArguments(args, kwargs, placement.name)
+        vet = reversible and reversible_stack.vet(placement.index)
         layer = self._layer(placement, call, hidden, compiler, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
-        last = position == segment.depth - 1
+        last = position == reversible_stack.depth - 1
         if last:
             state = finish(tape)
-            segment.end()
+            reversible_stack.end()
         output = call.output(state, further)
         if self._heard():
             seen = output if last else _with_state(output, readout(tape, inner=True))
@@ -191,10 +193,10 @@ class ReversibleLayer(nn.Module):
         return forward(hidden)
 
     def _layer(
-        self, placement: Placement, call: Call, hidden: Tensor, compiler: Compiler | None, *, vet: bool
-    ) -> Layer:
+        self, placement: Placement, call: CallArguments, hidden: Tensor, compiler: Compiler | None, *, vet: bool
+    ) -> LayerCall:
         """Describes this call to the engine: the functions F and G of the coupling's table."""
-        coupling = placement.segment.plan.coupling
+        coupling = placement.reversible_stack.plan.coupling
         assert coupling is not None
         runner: Runner = run if compiler is None else partial(_compiled, compiler)
         tiles: dict[str, int] = {}
@@ -208,7 +210,7 @@ class ReversibleLayer(nn.Module):
                 "F": call.function("F", self._attention(split, behind_attention, runner)),
                 "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward, runner), main=False),
             }
-            tile = placement.segment.plan.tile(hidden.shape[:-1].numel())
+            tile = placement.reversible_stack.plan.tile(hidden.shape[:-1].numel())
             if tile is not None and not recording() and tokenwise(self.pretrained):
                 tiles["G"] = tile
         else:
@@ -221,14 +223,14 @@ class ReversibleLayer(nn.Module):
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
         parameters = tuple(own.values())
         compiled = compiler is not None or any(map(is_compiled, modules))
-        return Layer(functions, parameters, call.outside, modules, tiles, vet, compiled)
+        return LayerCall(functions, parameters, call.outside, modules, tiles, vet, compiled)
 
     def _whole(self, placement: Placement, adapter: Bottleneck | None, runner: Runner) -> Block:
-        layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
+        layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module
         ends = None if adapter is None else feed_forward_of(layer, placement.name, chosen)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if placement.segment.plan.coupling is not None:
+            if placement.reversible_stack.plan.coupling is not None:
                 # TRL switches it on again between the forward pass and the recomputation.
                 self._switch_off_checkpointing()
             with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
@@ -248,7 +250,7 @@ class ReversibleLayer(nn.Module):
     def _feed_forward(
         self, split: Architecture, placement: Placement, adapter: Bottleneck | None, runner: Runner
     ) -> Block:
-        layer, chosen = self.pretrained, placement.segment.plan.feedforward_module
+        layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
             with ExitStack() as stack:

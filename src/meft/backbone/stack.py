@@ -1,4 +1,4 @@
-"""`Segment`: what the wrappers of one stack share, and the forward passes that run through it."""
+"""`ReversibleStack`: what the wrappers of one stack share, and the forward passes that run through it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .plan import Plan
 
 
 @dataclass
-class Segment:
+class ReversibleStack:
     """One stack of layers under one plan, and the forward passes running through it.
 
     Attributes:
@@ -92,12 +92,12 @@ class Segment:
         """
         first = self.plan.frozen_layers
         tape = self._running.get(threading.get_ident())
-        position = first if tape is None else first + tape.forward_depth
+        position = first if tape is None else first + tape.position
         due = self.order[position]
         if index == self.order[first] and (tape is None or position == first or due != index):
             return self._start(hidden)
         if tape is None or due != index:
-            self._refuse_other_segments()
+            self._refuse_other_couplings()
             reached = "no layer" if tape is None else f"{self.name}.{self.order[position - 1]}"
             raise UnsupportedModelError(
                 f"{self.model} called {self.name}.{index} after {reached}, but a reversible stack runs every layer "
@@ -132,7 +132,7 @@ class Segment:
         tape = self._running.get(threading.get_ident())
         if tape is None:
             return
-        done = self.plan.frozen_layers + tape.forward_depth
+        done = self.plan.frozen_layers + tape.position
         self.end()
         raise UnsupportedModelError(
             f"{self.model} ran {done} of the {self.depth} layers of {self.name}, or something else between two of "
@@ -141,14 +141,14 @@ class Segment:
             "stacks=[...]."
         )
 
-    def _refuse_other_segments(self) -> None:
+    def _refuse_other_couplings(self) -> None:
         """Raises ConfigError if some of the layers are to follow another adapter's coupling."""
         couplings: dict[str, list[int]] = {}
         for index, layer in enumerate(self.layers):
             placed: Callable[[], Placement | None] = getattr(layer, "placement", lambda: None)
             placement = placed()
-            if placement is None or placement.segment is not self:
-                coupling = None if placement is None else placement.segment.plan.coupling
+            if placement is None or placement.reversible_stack is not self:
+                coupling = None if placement is None else placement.reversible_stack.plan.coupling
                 named = "no active adapter" if placement is None else "another adapter"
                 couplings.setdefault(named if coupling is None else f"{named} ({coupling.name})", []).append(index)
         if couplings:
@@ -186,7 +186,7 @@ class Segment:
 class Placement:
     """One adapter's view of a layer: where the layer stands, and the adapters inside F and G (or None)."""
 
-    segment: Segment
+    reversible_stack: ReversibleStack
     index: int
     f: Bottleneck | None = None
     g: Bottleneck | None = None
@@ -194,7 +194,7 @@ class Placement:
     @property
     def name(self) -> str:
         """What messages call the layer."""
-        return self.segment.layer_name(self.index)
+        return self.reversible_stack.layer_name(self.index)
 
     @property
     def has_adapters(self) -> bool:

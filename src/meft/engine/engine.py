@@ -50,14 +50,14 @@ from .routes import Attach, Readout, Route, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
 from .tiles import joined, tile_of, tiles
 
-__all__ = ["Function", "Layer", "Tape", "finish", "observed_by", "readout", "run_layer"]
+__all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer"]
 
 Function = Callable[[Tensor, Sequence[Tensor]], "Tensor | tuple[Tensor, ...]"]
 """A block of a layer: (stream as hidden state, outside tensors) -> hidden state, or a tuple that begins with it."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCall:
     """One call of one layer, as the engine sees it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Layer:
         return tiles(shape, self.tile_sizes.get(step.function))
 
 
-def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ...]:
+def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor, ...]:
     """Passes the streams through one layer.
 
     Args:
@@ -99,7 +99,7 @@ def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ..
     handles = tape.live_handles()
     tape.visible = None
     if tape.observer is not None and tape.streams is not None:
-        tape.observer.passed(tape, tape.forward_depth, tape.streams)
+        tape.observer.passed(tape, tape.position, tape.streams)
     inputs = (*layer.outside, *layer.parameters)
     if not reversible or not torch.is_grad_enabled():
         outputs = _run_cached(tape, layer, handles)
@@ -109,7 +109,7 @@ def run_layer(tape: Tape, layer: Layer, *, reversible: bool) -> tuple[Tensor, ..
         with torch.no_grad():
             outputs = _run_cached(tape, layer, handles)
     tape.handles = (outputs[0], outputs[1])
-    tape.forward_depth += 1
+    tape.position += 1
     visible = tape.live_handles()[tape.coupling.newest]
     tape.show(visible)
     return visible, *outputs[2:]
@@ -125,10 +125,7 @@ def readout(tape: Tape, *, inner: bool = False) -> Tensor:
     """
     handles = tape.live_handles()
     inner = (
-        inner
-        and tape.kept is not None
-        and tape.level == tape.level_of(tape.forward_depth, 0)
-        and torch.is_grad_enabled()
+        inner and tape.kept is not None and tape.level == tape.level_of(tape.position, 0) and torch.is_grad_enabled()
     )
     if tape.coupling.output == (0, 1) and not inner:
         return handles[tape.coupling.newest]
@@ -150,7 +147,7 @@ def finish(tape: Tape) -> Tensor:
     return output
 
 
-def _run_reversible(tape: Tape, layer: Layer, handles: Handles, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _run_reversible(tape: Tape, layer: LayerCall, handles: Handles, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Runs a layer's steps as one node each; returns the handles, then the functions' further outputs."""
     further: list[Tensor] = []
     for index in range(len(tape.coupling.steps)):
@@ -164,10 +161,10 @@ class _ReversibleStep(torch.autograd.Function):
     """One coupling step: forward takes it and drops its graph, backward undoes and differentiates it."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, layer: Layer, index: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tape: Tape, layer: LayerCall, index: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         streams = tape.streams
         assert streams is not None
-        below = tape.level_of(tape.forward_depth, index)
+        below = tape.level_of(tape.position, index)
         anchor = streams if tape.anchored(below) else ()
         ctx.outside = tuple(tensor.detach().requires_grad_() for tensor in layer.outside)
         ctx.step, ctx.last = tape.coupling.steps[index], index == len(tape.coupling.steps) - 1
@@ -230,7 +227,7 @@ class _Pending:
 
 def _take_step(
     tape: Tape,
-    layer: Layer,
+    layer: LayerCall,
     step: Step,
     streams: Streams,
     signs: Tensor | None,
@@ -267,7 +264,7 @@ def _take_step(
 
 def _undo_step(
     tape: Tape,
-    layer: Layer,
+    layer: LayerCall,
     step: Step,
     streams: Streams,
     pending: _Pending,
@@ -314,7 +311,7 @@ def _signs_of(signs: Tensor | None, shape: torch.Size, part: slice) -> Tensor | 
 
 
 def _run(
-    tape: Tape, layer: Layer, step: Step, streams: Streams, outside: Sequence[Tensor]
+    tape: Tape, layer: LayerCall, step: Step, streams: Streams, outside: Sequence[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Runs a step's function; returns the leaf that stands for what it read, and its values with a graph."""
     hidden = tape.arithmetic.decode(streams[step.source], tape.dtype).detach()
@@ -329,7 +326,7 @@ def _run(
     return leaf, values
 
 
-def _call(layer: Layer, step: Step, source: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _call(layer: LayerCall, step: Step, source: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Aliases: hooks that tools put on the arguments of modules do not work on leaves within `torch.autograd.grad`.
     return _values(layer.functions[step.function](source, [tensor.view_as(tensor) for tensor in outside]))
 
@@ -385,7 +382,7 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return total + gradient.to(total.dtype)
 
 
-def _run_cached(tape: Tape, layer: Layer, handles: Handles) -> tuple[Tensor, ...]:
+def _run_cached(tape: Tape, layer: LayerCall, handles: Handles) -> tuple[Tensor, ...]:
     """Runs a layer's steps under ordinary autograd, on the same numbers as the reversible node."""
     streams = tape.streams
     assert streams is not None

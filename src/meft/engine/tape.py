@@ -111,7 +111,7 @@ class Tape:
         self.streams: Streams | None = (stream, stream)
         self.handles: Handles | None = (hidden, hidden)
         self.kept: Streams | None = None
-        self.forward_depth = self.level = 0
+        self.position = self.level = 0
         self.magnitudes: list[tuple[int, Tensor]] = []
         if arithmetic.limit < float("inf") and hidden.numel():
             self.watch(hidden.detach().abs().amax())
@@ -142,7 +142,7 @@ class Tape:
 
     def watch(self, magnitude: Tensor) -> None:
         """Notes the largest magnitude of a stream that the present layer made, without looking at it."""
-        self.magnitudes.append((self.forward_depth, magnitude))
+        self.magnitudes.append((self.position, magnitude))
 
     def abandon(self) -> None:
         """Lets go of a forward pass that did not reach its end."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .lazy import lazy_linear
 
 Change = tuple[nn.Module, str, Any]
-"""(module, attribute, value before), as `meft.backbone.layers.Segment.changes` has them."""
+"""(module, attribute, value before), as `meft.backbone.layers.ReversibleStack.changes` has them."""
 
 
 class FusedLinear(nn.Linear):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from meft.errors import ConfigError
 
-from .origin import Conversion, Head, Memory, Recipe, applied
+from .origin import Conversion, Head, Memory, Origin, applied
 from .tiled import tiled_cross_entropy
 
 aten = torch.ops.aten
@@ -47,20 +47,20 @@ _READERS = (
 class LazyLogits(Tensor):
     """Logits whose values are computed when needed. Made by `lazy_linear`; see the module."""
 
-    _recipe: Recipe
+    _origin: Origin
 
     @staticmethod
-    def __new__(cls, recipe: Recipe, like: Tensor) -> LazyLogits:
+    def __new__(cls, origin: Origin, like: Tensor) -> LazyLogits:
         made = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=recipe.head.hidden.device, storage_size=0
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=origin.head.hidden.device, storage_size=0
         )
-        made._recipe = recipe
+        made._origin = origin
         return made
 
     @property
     def pending(self) -> bool:
         """Whether the values have not been computed so far."""
-        return self._recipe.memory.values is None
+        return self._origin.memory.values is None
 
     # A compiler breaks its graph here, as it could not trace through what follows.
     @classmethod
@@ -73,11 +73,11 @@ class LazyLogits(Tensor):
                 return loss
         elif func in (Tensor.detach, torch.detach):
             # Asked for to have the values of this moment, whatever becomes of the weight.
-            return args[0]._recipe.values().detach()
+            return args[0]._origin.values().detach()
         elif func in _READERS:
             args, kwargs = tree_map_only(LazyLogits, _plain, (args, kwargs))
         elif func in (Tensor.register_hook, Tensor.retain_grad):
-            _watch(args[0]._recipe.head, *args[1:])
+            _watch(args[0]._origin.head, *args[1:])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -88,7 +88,7 @@ class LazyLogits(Tensor):
             lazy = _put_off(func, args[0], args[1:], kwargs)
             if lazy is not None:
                 return lazy
-        args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy._recipe.values(), (args, kwargs))
+        args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy._origin.values(), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -107,7 +107,7 @@ class _LazyLinear(torch.autograd.Function):
         # No observer, such as a memory tracker, should count it.
         with _disable_current_modes():
             like = torch.empty(head.shape, dtype=head.dtype, device="meta")
-        return LazyLogits(Recipe(head, Memory()), like)
+        return LazyLogits(Origin(head, Memory()), like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,24 +124,24 @@ class _LazyLinear(torch.autograd.Function):
 
 def _put_off(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     """The result of an operation that can wait; None for one that cannot."""
-    recipe, attached = lazy._recipe, torch.is_grad_enabled()
+    origin, attached = lazy._origin, torch.is_grad_enabled()
     if func in _VIEWS:
         view = _view_of_positions(func, lazy, rest, kwargs)
         if view is None:
             return None
-        recipe = recipe.viewed(view, attached and func is not aten.detach.default)
+        origin = origin.viewed(view, attached and func is not aten.detach.default)
     elif func is aten.clone.default:
-        recipe = recipe.changed(None, attached)
+        origin = origin.changed(None, attached)
     elif func is aten.tanh.default:
-        recipe = recipe.changed(torch.tanh, attached)
+        origin = origin.changed(torch.tanh, attached)
     elif func in _SCALINGS and len(rest) == 1 and type(rest[0]) in (int, float) and not kwargs:
         factor = rest[0]
-        recipe = recipe.changed(lambda logits: func(logits, factor), attached)
+        origin = origin.changed(lambda logits: func(logits, factor), attached)
     elif func is aten._to_copy.default and set(kwargs) == {"dtype"} and kwargs["dtype"] in _PRECISE:
-        recipe = recipe.changed(Conversion(kwargs["dtype"]), attached)
+        origin = origin.changed(Conversion(kwargs["dtype"]), attached)
     else:
         return None
-    return LazyLogits(recipe, _tried(func, lazy, rest, kwargs))
+    return LazyLogits(origin, _tried(func, lazy, rest, kwargs))
 
 
 def _view_of_positions(
@@ -168,7 +168,7 @@ def _tried(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[str,
 
 def _plain(lazy: LazyLogits) -> Tensor:
     """The values as an ordinary tensor, a leaf."""
-    return lazy._recipe.values().detach().requires_grad_(lazy.requires_grad)
+    return lazy._origin.values().detach().requires_grad_(lazy.requires_grad)
 
 
 def _watch(head: Head, hook: Callable[..., Any] | None = None) -> None:
@@ -200,19 +200,19 @@ def _fused(
         return None
     if reduction not in ("mean", "sum") or target.dtype != torch.int64 or target.shape != input.shape[:1]:
         return None
-    recipe, head = input._recipe, input._recipe.head
-    if target.device != input.device or head.watched or (input.requires_grad and not recipe.attached):
+    origin, head = input._origin, input._origin.head
+    if target.device != input.device or head.watched or (input.requires_grad and not origin.attached):
         return None
     head.fused = True
     dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
-    pointwise = recipe.pointwise
+    pointwise = origin.pointwise
     while pointwise and pointwise[-1] == Conversion(torch.float32) and head.dtype != torch.float64:
         # The tiles end with it by themselves.
         pointwise = pointwise[:-1]
     with torch.set_grad_enabled(input.requires_grad):
         hidden, vocabulary, bias = head.operands()
         loss = tiled_cross_entropy(
-            applied(recipe.positions, hidden),
+            applied(origin.positions, hidden),
             vocabulary,
             bias,
             target,

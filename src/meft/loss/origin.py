@@ -88,7 +88,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Origin:
     """How logits are made.
 
     Attributes:
@@ -114,10 +114,10 @@ class Recipe:
                 memory.values = applied(self.pointwise, F.linear(applied(memory.positions, hidden), weight, bias))
         return applied(self.positions[len(memory.positions) :], memory.values)
 
-    def viewed(self, function: Callable[[Tensor], Tensor], attached: bool) -> Recipe:
+    def viewed(self, function: Callable[[Tensor], Tensor], attached: bool) -> Origin:
         return replace(self, positions=(*self.positions, function), attached=self.attached and attached)
 
-    def changed(self, function: Pointwise | None, attached: bool) -> Recipe:
+    def changed(self, function: Pointwise | None, attached: bool) -> Origin:
         """A new tensor, with memory of its own."""
         pointwise = self.pointwise if function is None else (*self.pointwise, function)
         memory = Memory(self.positions)

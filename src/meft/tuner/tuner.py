@@ -24,7 +24,7 @@ from meft.backbone.compilation import is_compiled
 from meft.backbone.conversion import name_units, prepare_stack, undo
 from meft.backbone.discovery import Stack, find_stacks, pretrained_of
 from meft.backbone.layers import ReversibleLayer
-from meft.backbone.stack import Placement, Segment
+from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.sharding import refuse_sharded
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
 from meft.loss import attach, detach
@@ -56,7 +56,7 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         adapter_name: the first adapter.
         stack: the stack the layer belongs to.
         config: the adapter's options.
-        segment: the stack under that adapter.
+        reversible_stack: the stack under that adapter.
         index: the layer's position.
     """
 
@@ -64,20 +64,26 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
     other_param_names = ("meft_places",)
 
     def __init__(
-        self, layer: nn.Module, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int
+        self,
+        layer: nn.Module,
+        adapter_name: str,
+        stack: Stack,
+        config: MeftConfig,
+        reversible_stack: ReversibleStack,
+        index: int,
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = layer
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
-        self.meft_places: dict[str, tuple[Segment, int, Callable[[Tensor], Tensor], float]] = {}
+        self.meft_places: dict[str, tuple[ReversibleStack, int, Callable[[Tensor], Tensor], float]] = {}
         # Those of deleted adapters too: what they changed is taken back when the layer is.
-        self.segments: list[Segment] = []
+        self.reversible_stacks: list[ReversibleStack] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.merged_adapters: list[str] = []
         self.training = layer.training
-        self.update_layer(adapter_name, stack, config, segment, index)
+        self.update_layer(adapter_name, stack, config, reversible_stack, index)
 
     @property
     def pretrained(self) -> nn.Module:
@@ -86,14 +92,16 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    def update_layer(self, adapter_name: str, stack: Stack, config: MeftConfig, segment: Segment, index: int) -> None:
+    def update_layer(
+        self, adapter_name: str, stack: Stack, config: MeftConfig, reversible_stack: ReversibleStack, index: int
+    ) -> None:
         """Adds an adapter to this layer; a frozen layer gets none."""
-        self.meft_places[adapter_name] = (segment, index, _activation(stack), _dropout(stack))
-        self.segments.append(segment)
-        if segment.frozen(index):
+        self.meft_places[adapter_name] = (reversible_stack, index, _activation(stack), _dropout(stack))
+        self.reversible_stacks.append(reversible_stack)
+        if reversible_stack.frozen(index):
             return
         # The parallel adapter must have a place before anything is changed.
-        feed_forward_of(self.base_layer, segment.layer_name(index), config.feedforward_module)
+        feed_forward_of(self.base_layer, reversible_stack.layer_name(index), config.feedforward_module)
         for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
             down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
             getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
@@ -105,9 +113,9 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         if not active:
             return None
         _check_single(active)
-        segment, index, activation, dropout = self.meft_places[active[0]]
+        reversible_stack, index, activation, dropout = self.meft_places[active[0]]
         f, g = (self._bottleneck(function, active[0], activation, dropout) for function in ("f", "g"))
-        return Placement(segment, index, f, g)
+        return Placement(reversible_stack, index, f, g)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_names, str):
@@ -167,17 +175,19 @@ class MeftModel(BaseTuner):
         # Everything that can be refused is refused here, before the model is changed.
         places = {}
         for stack in stacks:
-            segment = stack.segment(plan)
+            reversible_stack = stack.reversible_stack(plan)
             _refuse_shared(stack)
             for index, layer in enumerate(stack.layers):
-                if not segment.frozen(index):
+                if not reversible_stack.frozen(index):
                     pretrained = pretrained_of(layer)
-                    feed_forward_of(pretrained, segment.layer_name(index), config.feedforward_module)
-                    _refuse_compiled(layer, segment.layer_name(index))
-                places[f"{stack.name}.{index}"] = (stack, segment, index)
+                    feed_forward_of(pretrained, reversible_stack.layer_name(index), config.feedforward_module)
+                    _refuse_compiled(layer, reversible_stack.layer_name(index))
+                places[f"{stack.name}.{index}"] = (stack, reversible_stack, index)
         self._places = places
-        for stack, segment in {id(segment): (stack, segment) for stack, segment, _ in places.values()}.values():
-            prepare_stack(stack, segment)
+        for stack, reversible_stack in {
+            id(reversible_stack): (stack, reversible_stack) for stack, reversible_stack, _ in places.values()
+        }.values():
+            prepare_stack(stack, reversible_stack)
         name_units(model, stacks, next(iter(places.values()))[1], MeftLayer.__name__)
         _train_head(model, config)
         # Which layers are taken follows from the model, not from the names in a state dict.
@@ -202,12 +212,12 @@ class MeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        stack, segment, index = self._places[current_key]
+        stack, reversible_stack, index = self._places[current_key]
         config = cast(MeftConfig, peft_config)
         if isinstance(target, MeftLayer):
-            target.update_layer(adapter_name, stack, config, segment, index)
+            target.update_layer(adapter_name, stack, config, reversible_stack, index)
             return
-        layer = MeftLayer(target, adapter_name, stack, config, segment, index)
+        layer = MeftLayer(target, adapter_name, stack, config, reversible_stack, index)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -215,8 +225,8 @@ class MeftModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own reads `weight` of the layers, which whole layers lack."""
         if isinstance(child, MeftLayer):
-            for segment in child.segments:
-                undo(segment)
+            for reversible_stack in child.reversible_stacks:
+                undo(reversible_stack)
         setattr(parent, child_name, new_module)
 
     @contextmanager

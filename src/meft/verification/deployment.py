@@ -20,7 +20,7 @@ from torch import nn
 from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
-from meft.backbone.stack import Placement, Segment
+from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.replay import RngState
 from meft.errors import ConfigError
 
@@ -35,7 +35,7 @@ _DRAWS = 4
 def refuse_deployment(model: nn.Module) -> None:
     """Raises ConfigError if the plain model cannot run what is trained on the coupled one."""
     for placement in _placements(model):
-        coupling = placement.segment.plan.coupling
+        coupling = placement.reversible_stack.plan.coupling
         if coupling is not None and coupling.name != "momentum" and placement.has_adapters:
             raise ConfigError(
                 f"deploy was asked for, but there is no plain model that runs the adapters of coupling="
@@ -56,15 +56,23 @@ def compare_deployment(model: nn.Module, inputs: Mapping[str, Any], state: Seque
         ConfigError: the batch has no labels.
     """
     model.eval()
-    segments = list({id(placement.segment): placement.segment for placement in _placements(model)}.values())
-    couplings = [segment.plan.coupling for segment in segments if segment.plan.coupling is not None]
+    reversible_stacks = list(
+        {id(placement.reversible_stack): placement.reversible_stack for placement in _placements(model)}.values()
+    )
+    couplings = [
+        reversible_stack.plan.coupling
+        for reversible_stack in reversible_stacks
+        if reversible_stack.plan.coupling is not None
+    ]
     gammas = {*_GAMMAS, *(step.factor for coupling in couplings for step in coupling.steps)}
     if any(coupling.name != "momentum" for coupling in couplings):
         gammas = set()
     return Deployment(
-        trained=_loss(model, inputs, segments, state),
-        deployed=_deployed_loss(model, inputs, segments),
-        by_gamma={_name(gamma): _loss(model, inputs, segments, state, gamma) for gamma in sorted(gammas)[::-1]},
+        trained=_loss(model, inputs, reversible_stacks, state),
+        deployed=_deployed_loss(model, inputs, reversible_stacks),
+        by_gamma={
+            _name(gamma): _loss(model, inputs, reversible_stacks, state, gamma) for gamma in sorted(gammas)[::-1]
+        },
     )
 
 
@@ -83,7 +91,7 @@ def _with_steps(plan: Plan, change: Any) -> Plan:
 def _loss(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    segments: Sequence[Segment],
+    reversible_stacks: Sequence[ReversibleStack],
     state: Sequence[RngState],
     gamma: float | None = None,
 ) -> float:
@@ -93,15 +101,15 @@ def _loss(
         plan = as_in_training(plan)
         return plan if gamma is None else _with_steps(plan, lambda step: dataclasses.replace(step, factor=gamma))
 
-    drawn = any(s.plan.coupling is not None and s.plan.coupling.random for s in segments)
+    drawn = any(s.plan.coupling is not None and s.plan.coupling.random for s in reversible_stacks)
     for generator in state:
         generator.put()
-    with replaced(segments, change):
+    with replaced(reversible_stacks, change):
         return fmean(_evaluate(model, inputs) for _ in range(_DRAWS if drawn else 1))
 
 
-def _deployed_loss(model: nn.Module, inputs: Mapping[str, Any], segments: Sequence[Segment]) -> float:
-    with replaced(segments, lambda plan: dataclasses.replace(plan, coupling=None)):
+def _deployed_loss(model: nn.Module, inputs: Mapping[str, Any], reversible_stacks: Sequence[ReversibleStack]) -> float:
+    with replaced(reversible_stacks, lambda plan: dataclasses.replace(plan, coupling=None)):
         return _evaluate(model, inputs)
 
 

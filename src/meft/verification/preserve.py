@@ -12,7 +12,7 @@ from torch import nn
 
 from meft.backbone.conversion import pretrained_of
 from meft.backbone.plan import Plan
-from meft.backbone.stack import Segment
+from meft.backbone.stack import ReversibleStack
 from meft.engine.replay import RngState
 from meft.engine.tape import version_of
 
@@ -36,16 +36,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(segments: Sequence[Segment], change: Callable[[Plan], Plan]) -> Iterator[None]:
+def replaced(reversible_stacks: Sequence[ReversibleStack], change: Callable[[Plan], Plan]) -> Iterator[None]:
     """Runs stacks under changed plans."""
-    plans = [segment.plan for segment in segments]
+    plans = [reversible_stack.plan for reversible_stack in reversible_stacks]
     try:
-        for segment, plan in zip(segments, plans, strict=True):
-            segment.plan = change(plan)
+        for reversible_stack, plan in zip(reversible_stacks, plans, strict=True):
+            reversible_stack.plan = change(plan)
         yield
     finally:
-        for segment, plan in zip(segments, plans, strict=True):
-            segment.plan = plan
+        for reversible_stack, plan in zip(reversible_stacks, plans, strict=True):
+            reversible_stack.plan = plan
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

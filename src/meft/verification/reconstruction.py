@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meft.backbone.conversion import Stack
-from meft.backbone.stack import Segment
+from meft.backbone.stack import ReversibleStack
 from meft.engine.couplings import Streams
 from meft.engine.replay import Autocast
 from meft.engine.tape import Tape
@@ -26,12 +26,12 @@ class CoupledStack:
     Attributes:
         name: what the report calls it.
         stack: where it stands in the model.
-        segment: how it is run.
+        reversible_stack: how it is run.
     """
 
     name: str
     stack: Stack
-    segment: Segment
+    reversible_stack: ReversibleStack
 
 
 @dataclass
@@ -58,7 +58,9 @@ class Recorder:
 
     def passed(self, tape: Tape, depth: int, streams: Streams) -> None:
         if id(tape) not in self.passes:
-            running = [entry for entry in self.coupled if entry.segment._running.get(threading.get_ident()) is tape]
+            running = [
+                entry for entry in self.coupled if entry.reversible_stack._running.get(threading.get_ident()) is tape
+            ]
             if not running:
                 return
             self.passes[id(tape)] = _Pass(running[0], tape)
@@ -68,7 +70,7 @@ class Recorder:
     def rebuilt(self, tape: Tape, depth: int, streams: Streams) -> None:
         found = self.passes.get(id(tape))
         if found is not None:
-            layer = depth + found.stack.segment.plan.frozen_layers
+            layer = depth + found.stack.reversible_stack.plan.frozen_layers
             found.errors[layer] = _compare(tape, layer, found.below.pop(depth), streams)
 
     def errors(self) -> dict[str, tuple[LayerError, ...]]:

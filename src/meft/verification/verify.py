@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
-from meft.backbone.stack import Segment
+from meft.backbone.stack import ReversibleStack
 from meft.engine.engine import observed_by
 from meft.engine.replay import RngState
 from meft.errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
@@ -89,7 +89,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, deploy: bool = False) 
             f"No layer of {type(model).__name__} was rebuilt: none of its reversible layers lies between the loss and "
             "a trainable parameter. Train a parameter in or below one of them, and give a batch with labels."
         )
-    plans = [entry.segment.plan for entry in coupled]
+    plans = [entry.reversible_stack.plan for entry in coupled]
     return VerifyReport(
         bitwise=integrity_error is None and all(error.bitwise for layers in rebuilt.values() for error in layers),
         reconstruction_error=rebuilt,
@@ -122,43 +122,48 @@ def _find_coupled(model: nn.Module) -> list[CoupledStack]:
             f"{type(model).__name__} is not reversible, so there is nothing to verify. Make it so with "
             "peft.get_peft_model(model, meft.MeftConfig(...)) or meft.make_reversible(model) first."
         )
-    pairs = [(stack, segment) for stack in stacks if (segment := _segment(stack.layers)) is not None]
+    pairs = [(stack, reversible_stack) for stack in stacks if (reversible_stack := _segment(stack.layers)) is not None]
     if not pairs:
         raise ConfigError(
             f"No MEFT adapter of {type(model).__name__} is active, so its layers run as they are. Leave "
             "disable_adapter(), or activate one with model.set_adapter(name)."
         )
-    live = [(stack, segment) for stack, segment in pairs if _rebuilds(segment)]
+    live = [(stack, reversible_stack) for stack, reversible_stack in pairs if _rebuilds(reversible_stack)]
     if not live:
         raise ConfigError(
             f"No layer of {type(model).__name__} is rebuilt under its options: {_why_not(pairs[0][1])}. Verify a model "
             'with a coupling, backward="reversible", and fewer frozen and cached layers than it is deep.'
         )
-    names = [segment.name for _, segment in live]
+    names = [reversible_stack.name for _, reversible_stack in live]
     unique = len(set(names)) == len(names)
-    return [CoupledStack(segment.name if unique else stack.name, stack, segment) for stack, segment in live]
+    return [
+        CoupledStack(reversible_stack.name if unique else stack.name, stack, reversible_stack)
+        for stack, reversible_stack in live
+    ]
 
 
-def _segment(layers: nn.ModuleList) -> Segment | None:
+def _segment(layers: nn.ModuleList) -> ReversibleStack | None:
     """What the wrappers of a stack share, or None if they run their layers as they are."""
     for layer in layers:
         placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
         if placement is not None:
-            return placement.segment
+            return placement.reversible_stack
     return None
 
 
-def _rebuilds(segment: Segment) -> bool:
-    return segment.plan.coupling is not None and segment.reversible(segment.plan.frozen_layers)
+def _rebuilds(reversible_stack: ReversibleStack) -> bool:
+    return reversible_stack.plan.coupling is not None and reversible_stack.reversible(
+        reversible_stack.plan.frozen_layers
+    )
 
 
-def _why_not(segment: Segment) -> str:
-    plan = segment.plan
+def _why_not(reversible_stack: ReversibleStack) -> str:
+    plan = reversible_stack.plan
     if plan.coupling is None:
         return 'coupling="adapter" leaves the layers uncoupled'
     if not plan.reversible:
         return 'backward="cached" keeps all activations'
-    return f"frozen_layers={plan.frozen_layers} and cached_layers={plan.cached_layers} are all {segment.depth} layers"
+    return f"frozen_layers={plan.frozen_layers} and cached_layers={plan.cached_layers} are all {reversible_stack.depth} layers"
 
 
 def _inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _trained(
 
     def gradients(change: Callable[[Plan], Plan]) -> list[Gradient]:
         _put(state)
-        with replaced([entry.segment for entry in coupled], change), _without_drift_warning():
+        with replaced([entry.reversible_stack for entry in coupled], change), _without_drift_warning():
             return gradients_of(model, inputs, parameters)
 
     model.train()
@@ -216,7 +221,7 @@ def _starting_point(
     """Compares the model with itself without coupling, in evaluation, where dropout does not blur it."""
     model.eval()
     _put(state)
-    with replaced([entry.segment for entry in coupled], as_in_training):
+    with replaced([entry.reversible_stack for entry in coupled], as_in_training):
         hidden, loss = _evaluated(model, inputs, coupled)
     with _plain(coupled):
         plain_hidden, plain_loss = _evaluated(model, inputs, coupled)

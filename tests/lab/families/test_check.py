@@ -160,8 +160,8 @@ def test_a_layer_that_is_left_out_of_the_reconstruction(subject: Subject, monkey
     def converted(self: Subject, way: str) -> nn.Module:
         model = honest(self, way)
         for layer in model.model.layers:
-            segment = layer._placement.segment
-        segment.plan = type(segment.plan)(**{**vars(segment.plan), "cached_layers": 1})
+            reversible_stack = layer._placement.reversible_stack
+        reversible_stack.plan = type(reversible_stack.plan)(**{**vars(reversible_stack.plan), "cached_layers": 1})
         return model
 
     monkeypatch.setattr(Subject, "converted", converted)

@@ -25,7 +25,7 @@ from .marks import (
     REVERSIBLE,
     places,
 )
-from .timeline import Block, Timeline, peak_between
+from .timeline import Allocation, Timeline, peak_between
 
 SAVED, STREAMS, RESIDUES, WORKING = "saved by layers", "streams", "residues", "working set of a layer"
 HEAD, GRADIENTS, OPTIMIZER_STATE, OTHER = "loss head", "gradients", "optimizer", "other"
@@ -120,7 +120,7 @@ class Attribution:
             for phase, end in zip(self.phases, ends, strict=True)
         ]
 
-    def _causes(self, blocks: list[Block], moment: int) -> dict[str, int]:
+    def _causes(self, blocks: list[Allocation], moment: int) -> dict[str, int]:
         found = dict.fromkeys(CAUSES, 0)
         now = self._phase_at(moment)
         for block in blocks:
@@ -128,7 +128,7 @@ class Attribution:
                 found[self._cause(block, now)] += block.size
         return found
 
-    def _cause(self, block: Block, now: Phase) -> str:
+    def _cause(self, block: Allocation, now: Phase) -> str:
         if block in self._apart:
             return self._apart[block]
         if block in self._residues:
@@ -147,9 +147,9 @@ class Attribution:
     def _phase_at(self, moment: int) -> Phase:
         return self.phases[bisect_right(self._begins, moment) - 1]
 
-    def _marked(self, timeline: Timeline, kind: str) -> set[Block]:
+    def _marked(self, timeline: Timeline, kind: str) -> set[Allocation]:
         """The blocks that were live at an address when a mark of this kind named it."""
-        by_address: dict[int, list[Block]] = {}
+        by_address: dict[int, list[Allocation]] = {}
         for block in self.blocks:
             by_address.setdefault(block.address, []).append(block)
         return {

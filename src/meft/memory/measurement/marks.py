@@ -130,8 +130,8 @@ def _is_reversible(layer: nn.Module) -> bool:
     placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
     return (
         placement is not None
-        and placement.segment.plan.coupling is not None
-        and placement.segment.reversible(placement.index)
+        and placement.reversible_stack.plan.coupling is not None
+        and placement.reversible_stack.reversible(placement.index)
     )
 
 

@@ -27,7 +27,7 @@ _MARK = "meft::"
 
 
 @dataclass(frozen=True)
-class Block:
+class Allocation:
     """One allocation: where it lies, its size in bytes, and the events (counted from 0) between which it lives.
 
     `died` is None for a block that outlives the recording.
@@ -47,7 +47,7 @@ class Block:
 class Timeline:
     """The blocks of a recording, the marks in it as (event, name), and the number of its events."""
 
-    blocks: list[Block] = field(repr=False)
+    blocks: list[Allocation] = field(repr=False)
     marks: list[tuple[int, str]] = field(repr=False)
     length: int
 
@@ -76,7 +76,7 @@ def recording_cpu() -> Iterator[list[Timeline]]:
 
 def build_timeline(events: Iterable[tuple[int, int] | str]) -> Timeline:
     """Pairs events in order of time: (address, size), negative for a release, or the name of a mark."""
-    blocks: list[Block] = []
+    blocks: list[Allocation] = []
     marks: list[tuple[int, str]] = []
     live: dict[int, tuple[int, int]] = {}
     index = -1
@@ -88,19 +88,19 @@ def build_timeline(events: Iterable[tuple[int, int] | str]) -> Timeline:
         # An allocation at a live address means that the release was not reported: it ends the older block as well.
         if address in live:
             old_size, born = live.pop(address)
-            blocks.append(Block(address, old_size, born, index))
+            blocks.append(Allocation(address, old_size, born, index))
         if size > 0:
             live[address] = (size, index)
-    blocks.extend(Block(address, size, born, None) for address, (size, born) in live.items())
+    blocks.extend(Allocation(address, size, born, None) for address, (size, born) in live.items())
     return Timeline(blocks, marks, index + 1)
 
 
-def peak_bytes(blocks: Iterable[Block]) -> int:
+def peak_bytes(blocks: Iterable[Allocation]) -> int:
     """The largest number of bytes that `blocks` hold at the same moment (0 for no blocks)."""
     return peak_between(blocks, 0, None)[0]
 
 
-def peak_between(blocks: Iterable[Block], begin: int, end: int | None) -> tuple[int, int]:
+def peak_between(blocks: Iterable[Allocation], begin: int, end: int | None) -> tuple[int, int]:
     """The largest number of bytes live from event `begin` to before event `end` (None: the last), and when first.
 
     What was live when event `begin` came counts as well.
@@ -120,7 +120,7 @@ def peak_between(blocks: Iterable[Block], begin: int, end: int | None) -> tuple[
     return best, moment
 
 
-def surviving(blocks: Iterable[Block]) -> list[Block]:
+def surviving(blocks: Iterable[Allocation]) -> list[Allocation]:
     """The blocks that outlive the recording."""
     return [block for block in blocks if block.died is None]
 
