@@ -35,9 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from transformers.utils import logging
 
 import meft
+from meft.storage.figures import save_figure
 from meft.storage.files import write_json, write_text
 from meft.storage.results import hardware, now, versions
-from meft.verification.figure import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

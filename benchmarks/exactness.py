@@ -39,10 +39,11 @@ from meft.engine.couplings import make_coupling
 from meft.engine.replay import RngState
 from meft.errors import DriftWarning
 from meft.methods.registry import apply_method
+from meft.storage.figures import save_figure
 from meft.storage.files import read_json, write_json, write_text
 from meft.storage.results import hardware, now, versions
 from meft.verification import verify
-from meft.verification.figure import error_against_depth, save_figure
+from meft.verification.figure import error_against_depth
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "exactness.md"

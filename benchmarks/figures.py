@@ -10,7 +10,7 @@ from measuring import title_of
 from peers import BLOCKS, CHECKPOINTING, FULL, LAYERS, LORA, TILES
 from tables import MIB
 
-from meft.verification.figure import save_figure
+from meft.storage.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

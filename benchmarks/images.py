@@ -35,10 +35,10 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from meft.methods.registry import count_parameters
+from meft.storage.figures import save_figure
 from meft.storage.files import read_json, write_json, write_text
 from meft.storage.results import hardware, now, versions
 from meft.training.evaluation import evaluate, parse_evaluation
-from meft.verification.figure import save_figure
 from meft_lab.cli.sweep import sweep_command, typed_values
 from meft_lab.sweep import Run, Sweep, load_recipe, table_of
 from meft_lab.tasks import load_images

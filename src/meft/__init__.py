@@ -18,7 +18,8 @@ from meft.training.export import export
 from meft.tuner.config import MeftConfig
 from meft.tuner.tuner import MeftLayer, MeftModel, register
 from meft.verification import VerifyReport, verify
-from meft.version import __version__
+
+__version__ = "0.1.0"
 
 register()
 

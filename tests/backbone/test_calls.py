@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import meft
-from meft.backbone.calls import Call
+from meft.backbone.calls import CallArguments
 from meft.errors import UnsupportedModelError
 from support.peft_helpers import assert_close, taken
 from support.stacks import WIDTH, Block, Loop, Stacked, hidden_state

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("classifier", "decoders", "head", "times", "speed", "gpu")
 
 

@@ -15,7 +15,7 @@ import pytest
 from support.peft_helpers import llama
 from support.tiny import make_tokenizer, sentence
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

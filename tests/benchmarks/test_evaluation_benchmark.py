@@ -8,7 +8,7 @@ import pytest
 
 from meft.errors import DataError
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "evaluation.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evaluation.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_engine_vs_reference import CACHED, REVERSIBLE, compare, engine_model
+from engine.test_engine_vs_reference import CACHED, REVERSIBLE, compare, engine_model
 from torch import Tensor, nn
 
 import meft

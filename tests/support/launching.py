@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 CONFIGURATIONS = EXAMPLES / "accelerate"
 LAUNCHER = ("-m", "accelerate.commands.launch")
@@ -42,7 +42,7 @@ def launch(
     processes: int = 2,
     seconds: int = 300,
 ) -> dict[str, Any]:
-    """Runs a worker of `tests/distributed` under `accelerate launch`; it is given a file to write its findings to.
+    """Runs a worker of `tests/support` under `accelerate launch`; it is given a file to write its findings to.
 
     Returns:
         What the worker wrote: a JSON object.
@@ -52,7 +52,7 @@ def launch(
     """
     findings = folder / "findings.json"
     command = launcher(configuration, processes)
-    run([*command, str(TESTS / "distributed" / script), str(findings), *arguments], seconds)
+    run([*command, str(TESTS / "support" / script), str(findings), *arguments], seconds)
     return json.loads(findings.read_text())
 
 

@@ -137,7 +137,7 @@ def test_output_rule() -> None:
 
 
 def test_the_examples_parse() -> None:
-    examples = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
     assert examples
     for path in examples:
         assert parsed(str(path), REQUIRED)["task"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from meft.errors import ConfigError, DataError
-from meft_lab.tasks import FileOptions, load_files
+from meft.training.data.files import FileOptions, load_files
 
 ONE = FileOptions(("text",), "label")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +22,8 @@ from meft.errors import (
     UnsupportedModelError,
 )
 
+from .console import PASS_ON, InterruptedCommandError, command_line, say
+
 BAD_INPUT = (
     ConfigError,
     DataError,
@@ -30,9 +32,6 @@ BAD_INPUT = (
     UnsupportedModelError,
     MissingPackageError,
 )
-# These commands hand their words on to the parser of Transformers, which knows the Trainer's arguments.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-
 app = typer.Typer(
     name="meft",
     help="Memory-efficient fine-tuning of pretrained transformers.",
@@ -42,11 +41,7 @@ app = typer.Typer(
 )
 
 
-class _InterruptedError(Exception):
-    """Ctrl-C in a training; of its own kind because typer makes `Aborted!` of a KeyboardInterrupt."""
-
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Fine-tune a model on texts, questions or images: a task known by name, or your own files."""
     from meft.storage.results import summary_table
@@ -56,15 +51,15 @@ def train(context: typer.Context) -> None:
 
     arguments = parse(TRAIN_TYPES, context.args, command="train")
     try:
-        found = run(*arguments, command=_command(context), say=_say)
+        found = run(*arguments, command=command_line(context), say=say)
     except KeyboardInterrupt:
-        raise _InterruptedError from None
+        raise InterruptedCommandError from None
     if arguments[-1].process_index == 0:
         Console().print(summary_table(found))
-        _say(f"Saved to {arguments[-1].output_dir}")
+        say(f"Saved to {arguments[-1].output_dir}")
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Score a trained model or adapter."""
     from meft.storage.results import metrics_table
@@ -72,12 +67,12 @@ def evaluate(context: typer.Context) -> None:
     from meft.training.evaluation import parse_evaluation
 
     arguments = parse_evaluation(context.args)
-    metrics = run(*arguments, say=_say)
+    metrics = run(*arguments, say=say)
     if metrics:
         Console().print(metrics_table(metrics, title=arguments[0].model_name_or_path))
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def verify(context: typer.Context) -> None:
     """Check that a model's activations are rebuilt bit for bit, and its gradients with them."""
     from .verify import verify_command
@@ -105,23 +100,7 @@ def export(
     export_command(source, output_dir, base_model_name_or_path=base_model_name_or_path, merge=merge, dtype=dtype)
 
 
-@app.command()
-def families(
-    context: typer.Context,
-    model_type: Annotated[
-        list[str] | None,
-        typer.Option("--model_type", help="A model type of Transformers, such as llama; any number of times."),
-    ] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the documentation.")] = False,
-    output: Annotated[str | None, typer.Option("--output", help="A file to write instead of printing.")] = None,
-) -> None:
-    """Try families of models, and any model type of Transformers, with the libraries installed here."""
-    from meft_lab.cli.families import families_command
-
-    sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=_command(context)))
-
-
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=PASS_ON)
 def estimate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name on the hub, a model's folder, or a config.json.")],
@@ -148,58 +127,16 @@ def estimate(
     from .estimate import estimate_command
 
     given = {name: value for name, value in context.params.items() if name not in ("method", "json")}
-    sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=_command(context)))
+    sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=command_line(context)))
 
 
-@app.command(context_settings=_PASS_ON)
-def sweep(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with meft.")],
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", help="Folder of all runs; left out: runs/<recipe>.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="List the runs, and run none.")] = False,
-) -> None:
-    """Run every combination of a recipe, go on where it stopped, and write one table.
-
-    Arguments of meft train follow and hold for every run: --model_name_or_path, --data_dir, and so on. The name of an
-    axis of the recipe narrows it: --task rte mrpc --seeds 0.
-    """
-    from meft_lab.cli.sweep import sweep_command
-
-    try:
-        code = sweep_command(recipe, context.args, output_dir=output_dir, dry_run=dry_run, command=_command(context))
-    except KeyboardInterrupt:
-        raise _InterruptedError from None
-    sys.exit(code)
+def _add_commands() -> None:
+    """Adds the commands of installed packages: each entry point of "meft.commands" is given the application."""
+    for point in entry_points(group="meft.commands"):
+        point.load()(app)
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def study(context: typer.Context) -> None:
-    """Answer one of the paper's questions with a table and a figure; meft study --help lists them."""
-    from meft_lab.cli.study import study_command
-
-    try:
-        code = study_command(context.args, command=_command(context))
-    except KeyboardInterrupt:
-        raise _InterruptedError from None
-    sys.exit(code)
-
-
-@app.command()
-def demo(
-    context: typer.Context,
-    output_dir: Annotated[str, typer.Option("--output_dir", help="Folder for the table and the figure.")] = "demo",
-    methods: Annotated[str, typer.Option("--methods", help="Which methods to run, separated by blanks.")] = "",
-    steps: Annotated[int, typer.Option("--steps", help="Training steps of each method; 0 for the usual.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
-) -> None:
-    """Train a real BERT on your own Python library by every method side by side; needs no network."""
-    from meft_lab.demo import run
-
-    chosen: dict[str, Any] = {"methods": methods.split()} if methods else {}
-    chosen |= {"steps": steps} if steps else {}
-    run(output_dir, seed=seed, command=_command(context), **chosen)
+_add_commands()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,17 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _complain(error)
         sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
-    except _InterruptedError:
+    except InterruptedCommandError:
         _complain("Interrupted. The same command goes on from the newest checkpoint.")
         sys.exit(130)
-
-
-def _command(context: typer.Context) -> str:
-    return shlex.join(["meft", *context.obj])
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def _complain(problem: Any) -> None:
@@ -238,4 +167,4 @@ def _quiet_libraries() -> None:
     """Shows warnings as one sentence, and not at all where they speak to the developers of other libraries."""
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")

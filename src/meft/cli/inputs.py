@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from meft.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError, first_line
+from meft.loading.arguments import ModelArguments
 from meft.loading.folders import TASK_MODELS
 from meft.loading.models import load_config, load_tokenizer, quiet_transformers
 from meft.storage.files import check_safetensors
-from meft.training.arguments import ModelArguments
 
 _ENDINGS = {
     "ForSequenceClassification": "SEQ_CLS",

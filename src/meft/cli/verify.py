@@ -18,15 +18,16 @@ from meft.backbone.conversion import make_reversible
 from meft.backbone.plan import check_choice, check_integer
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError
+from meft.loading.arguments import ModelArguments
 from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.loading.models import load_adapter
 from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
+from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
 from meft.storage.results import hardware, now, versions
-from meft.training.arguments import MeftArguments, ModelArguments, parse
+from meft.training.arguments import MeftArguments, parse
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
-from meft.verification.figure import check_figure_path
 
 from .inputs import load_pretrained, random_batch, text_batch
 

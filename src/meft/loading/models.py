@@ -31,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from meft.storage.files import check_safetensors
-from meft.training.arguments import ModelArguments
+
+from .arguments import ModelArguments
 
 # Names on the hub have one slash at most and begin with a letter or a digit.
 _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from meft.version import __version__
-
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, `meft` and the libraries that decide a run's figures."""
-    found = {name: metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), "meft": __version__} | found
+    found = {"python": platform.python_version()}
+    for name in ("meft", *_PACKAGES):
+        with suppress(metadata.PackageNotFoundError):  # those that only some tasks need
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:

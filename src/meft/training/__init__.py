@@ -14,16 +14,17 @@ from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft.errors import ConfigError
+from meft.loading.arguments import ModelArguments
 from meft.methods.registry import check_method, count_parameters
 from meft.storage import results
 from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
-from meft_lab.tasks import TaskSpec
 
-from .arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments, flat
+from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
 from .before import REFERENCE, CostsBeforeTraining
 from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
+from .data.base import TaskSpec
 from .kinds.base import Say, say_nothing
 from .preparation import TASK_FILE, Prepared, prepare_training
 from .runs import RESULTS_FILE, claimed, inspect_folder

@@ -9,16 +9,17 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError
+from meft.loading.arguments import option
 from meft.methods.registry import MethodOptions
-from meft_lab.tasks import GLUE_TASKS, IMAGE_TASKS, QUESTION_TASKS, FileOptions
 
+from .data.files import FileOptions
+from .kinds import tasks_with_option
 from .parsing import as_words, parse, read_mapping
 
 __all__ = [
     "DataArguments",
     "EvaluationArguments",
     "MeftArguments",
-    "ModelArguments",
     "RunArguments",
     "TrainerArguments",
     "as_words",
@@ -28,70 +29,44 @@ __all__ = [
 ]
 
 
-def _option(help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass
-class ModelArguments:
-    """The pretrained model."""
-
-    _argument_group_name = "model"
-
-    model_name_or_path: str = field(metadata={"help": "A model's folder or its name on the hub."})
-    config_name: str | None = _option("Another configuration than the model's own: a folder or a name on the hub.")
-    tokenizer_name: str | None = _option("Another tokenizer than the model's own: a folder or a name on the hub.")
-    cache_dir: str | None = _option("Where what comes from the hub is kept.")
-    revision: str = _option("The version of a model on the hub: a branch, a tag or a commit.", "main")
-    trust_remote_code: bool = _option("Run model code that comes with the model, from the hub or its folder.", False)
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
-        "Data type of the weights; auto takes what the checkpoint has. For mixed precision leave float32 and give "
-        "--bf16 or --fp16.",
-        "float32",
-    )
-    attn_implementation: str | None = _option("The attention of Transformers: eager, sdpa, flash_attention_2, ...")
-    ignore_mismatched_sizes: bool = _option("Start a task head of another size than this task's anew.", False)
-
-
 @dataclass
 class DataArguments:
     """The task: one known by name, or the user's own files."""
 
     _argument_group_name = "data"
 
-    task: str | None = _option(
-        f"A task of GLUE ({', '.join(GLUE_TASKS)}), questions with choices ({', '.join(QUESTION_TASKS)}) or images "
-        f"({', '.join(IMAGE_TASKS)})."
+    task: str | None = option(
+        "A task known by name: rte, sst2, arc_easy, cifar10, ...; a name that is none lists them all."
     )
-    data_dir: str | None = _option("The task's official folder or a parent of it. Left out: the task from the hub.")
-    train_file: str | None = _option("Your own training rows: .csv, .tsv (read without quoting) or .jsonl.")
-    validation_file: str | None = _option("Your own validation rows.")
-    test_file: str | None = _option("Your own test rows; labels are optional.")
+    data_dir: str | None = option("The task's official folder or a parent of it. Left out: the task from the hub.")
+    train_file: str | None = option("Your own training rows: .csv, .tsv (read without quoting) or .jsonl.")
+    validation_file: str | None = option("Your own validation rows.")
+    test_file: str | None = option("Your own test rows; labels are optional.")
     text_column: list[str] = field(
         default_factory=lambda: ["text"],
         metadata={"help": "The column of the text in your files, or two columns for pairs."},
     )
-    label_column: str = _option("The column of the label in your files.", "label")
+    label_column: str = option("The column of the label in your files.", "label")
     labels: list[str] | None = field(
         default=None, metadata={"help": "All labels of your files, in the order of the model's outputs."}
     )
-    num_labels: int | None = _option("Your labels are the numbers 0 to num_labels - 1.")
-    regression: bool = _option("Your labels are numbers to be predicted, not classes.", False)
-    max_seq_length: int | None = _option(
+    num_labels: int | None = option("Your labels are the numbers 0 to num_labels - 1.")
+    regression: bool = option("Your labels are numbers to be predicted, not classes.", False)
+    max_seq_length: int | None = option(
         "Longer texts are cut to this many tokens, longer questions are left out of training. Left out: what the model "
         "takes."
     )
-    validation_share: float | None = _option(
+    validation_share: float | None = option(
         "Images: hold out this share of every class's training rows for validation. 0.1 is a tenth."
     )
-    augment: Literal["all", "move", "none"] = _option(
+    augment: Literal["all", "move", "none"] = option(
         "Random changes to training images: all moves and mirrors them (SVHN's digits are not mirrored), move only "
         "moves them.",
         "all",
     )
-    max_train_samples: int | None = _option("Train on the first this many rows only; of images, on a fixed choice.")
-    max_eval_samples: int | None = _option("Evaluate on the first this many rows only; of images, on a fixed choice.")
-    preprocessing_num_workers: int | None = _option("Processes to tokenize with.")
+    max_train_samples: int | None = option("Train on the first this many rows only; of images, on a fixed choice.")
+    max_eval_samples: int | None = option("Evaluate on the first this many rows only; of images, on a fixed choice.")
+    preprocessing_num_workers: int | None = option("Processes to tokenize with.")
 
     def file_options(self, labels: Sequence[str] | None = None) -> FileOptions:
         """The columns and labels of the user's own files; `labels` are those that a model has learnt."""
@@ -124,12 +99,12 @@ class DataArguments:
                     f"{name} is {getattr(self, name)!r} beside --task {self.task}; it describes your own files. Leave "
                     "it out."
                 )
-        if self.task not in IMAGE_TASKS and (self.validation_share is not None or self.augment != "all"):
-            name = "augment" if self.validation_share is None else "validation_share"
-            raise ConfigError(
-                f"{name} is {getattr(self, name)}; it belongs to the image tasks ({', '.join(IMAGE_TASKS)}). Leave "
-                f"--{name} out."
-            )
+        for name in ("validation_share", "augment"):
+            tasks = tasks_with_option(name) or ()
+            if self.task not in tasks and getattr(self, name) != getattr(DataArguments(), name):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it belongs to the tasks {', '.join(tasks)}. Leave --{name} out."
+                )
         missing = [f"--{split}_file" for split in splits if not files[split]]
         if not self.task and missing:
             raise ConfigError(
@@ -147,35 +122,35 @@ class MeftArguments:
 
     _argument_group_name = "method"
 
-    method: str = _option("full, lora, ia3, bitfit, adapter, meft1, meft2, meft3 or momentum.", "meft1")
-    bottleneck_dim: int = _option("Width of the bottleneck adapters.", 8)
-    lora_rank: int = _option("Rank of LoRA's updates.", 8)
-    lora_alpha: int = _option("LoRA scales its update by lora_alpha / lora_rank.", 16)
-    lora_dropout: float = _option("Dropout on the input of LoRA's updates.", 0.0)
-    lam: float | None = _option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
-    beta: float | None = _option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
-    gamma: float | None = _option("Factor of the momentum (momentum). Left out: 0.25.")
-    output: str | None = _option("What leaves the layers: mean, newest, or sum:0.1. Left out: the method's own.")
-    arithmetic: Literal["exact", "float"] | None = _option("exact rebuilds activations bit for bit; float drifts.")
-    backward: Literal["reversible", "cached"] | None = _option("cached keeps the activations: for comparison.")
-    fraction_bits: int | None = _option("Precision of the exact arithmetic: its step is 2 to the minus this.")
-    frozen_layers: int = _option("This many of the lowest layers are left as they are, without adapters.", 0)
-    cached_layers: int = _option("This many of the last layers keep their activations.", 0)
-    drift_tolerance: float | None = _option("Float arithmetic warns past this relative error of a rebuilt input.")
-    anchor_every: int | None = _option("Keep the streams every so many layers, for kernels that do not repeat.")
-    granularity: Literal["layer", "block"] | None = _option(
+    method: str = option("full, lora, ia3, bitfit, adapter, meft1, meft2, meft3 or momentum.", "meft1")
+    bottleneck_dim: int = option("Width of the bottleneck adapters.", 8)
+    lora_rank: int = option("Rank of LoRA's updates.", 8)
+    lora_alpha: int = option("LoRA scales its update by lora_alpha / lora_rank.", 16)
+    lora_dropout: float = option("Dropout on the input of LoRA's updates.", 0.0)
+    lam: float | None = option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
+    beta: float | None = option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
+    gamma: float | None = option("Factor of the momentum (momentum). Left out: 0.25.")
+    output: str | None = option("What leaves the layers: mean, newest, or sum:0.1. Left out: the method's own.")
+    arithmetic: Literal["exact", "float"] | None = option("exact rebuilds activations bit for bit; float drifts.")
+    backward: Literal["reversible", "cached"] | None = option("cached keeps the activations: for comparison.")
+    fraction_bits: int | None = option("Precision of the exact arithmetic: its step is 2 to the minus this.")
+    frozen_layers: int = option("This many of the lowest layers are left as they are, without adapters.", 0)
+    cached_layers: int = option("This many of the last layers keep their activations.", 0)
+    drift_tolerance: float | None = option("Float arithmetic warns past this relative error of a rebuilt input.")
+    anchor_every: int | None = option("Keep the streams every so many layers, for kernels that do not repeat.")
+    granularity: Literal["layer", "block"] | None = option(
         "block couples attention and feed-forward in turn (momentum)."
     )
-    sign: Literal["fixed", "random"] | None = _option(
+    sign: Literal["fixed", "random"] | None = option(
         "random draws the sign of gamma in training, for the plain model's sake (momentum). Left out: fixed."
     )
-    tile_size: int | None = _option(
+    tile_size: int | None = option(
         "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
     )
     stacks: list[str] | None = field(
         default=None, metadata={"help": "Layer stacks to take, or modules they lie in: vision_tower. Left out: all."}
     )
-    feedforward_module: str | None = _option("A layer's feed-forward, where it is not known: mlp, say.")
+    feedforward_module: str | None = option("A layer's feed-forward, where it is not known: mlp, say.")
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter and the task head."}
     )
@@ -195,20 +170,20 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    resume: Literal["auto", "never"] = _option(
+    resume: Literal["auto", "never"] = option(
         "auto goes on from the newest checkpoint when output_dir holds an unfinished run of the same arguments.", "auto"
     )
-    overwrite_run: bool = _option("Move a run that output_dir holds aside (nothing is deleted) and start anew.", False)
-    measure_steps: int = _option(
+    overwrite_run: bool = option("Move a run that output_dir holds aside (nothing is deleted) and start anew.", False)
+    measure_steps: int = option(
         "Before training, time this many steps against full fine-tuning and measure the peak memory of one. "
         "0 measures nothing.",
         5,
     )
-    total_train_batch_size: int | None = _option(
+    total_train_batch_size: int | None = option(
         "Rows of one step of the optimizer over all processes and accumulated batches; gradient_accumulation_steps "
         "follows from it, so that a recipe means the same on any number of processes."
     )
-    early_stopping_patience: int | None = _option(
+    early_stopping_patience: int | None = option(
         "Stop after this many evaluations in a row without progress in metric_for_best_model. Left out: never."
     )
 
@@ -219,10 +194,10 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
 
-    base_model_name_or_path: str | None = _option("An adapter's base model, when it is no longer where it was.")
-    split: Literal["validation", "test"] = _option("The rows to evaluate on.", "validation")
-    results_file: str | None = _option("Write the metrics to this JSON file.")
-    predictions_file: str | None = _option("Write the predictions to this tab-separated file.")
+    base_model_name_or_path: str | None = option("An adapter's base model, when it is no longer where it was.")
+    split: Literal["validation", "test"] = option("The rows to evaluate on.", "validation")
+    results_file: str | None = option("Write the metrics to this JSON file.")
+    predictions_file: str | None = option("Write the predictions to this tab-separated file.")
 
 
 class TrainerArguments(TrainingArguments):

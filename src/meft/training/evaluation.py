@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from meft.loading.arguments import ModelArguments
 from meft.storage import results
 from meft.storage.files import write_json, write_text
 
 from . import build_trainer, metrics_of
-from .arguments import DataArguments, EvaluationArguments, ModelArguments, TrainerArguments, parse
+from .arguments import DataArguments, EvaluationArguments, TrainerArguments, parse
 from .checkpoints import CheckpointingTrainer
 from .kinds.base import Say
 from .preparation import Prepared, check_labelled, prepare_evaluation, read_task_file

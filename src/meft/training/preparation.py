@@ -13,12 +13,13 @@ from transformers import PretrainedConfig, enable_full_determinism, set_seed
 
 from meft.errors import ConfigError, DataError
 from meft.loading import models as loading
+from meft.loading.arguments import ModelArguments
 from meft.loading.folders import is_adapter
 from meft.methods.registry import apply_method
 from meft.storage.files import read_json
-from meft_lab.tasks import TaskData, TaskSpec
 
-from .arguments import DataArguments, MeftArguments, ModelArguments
+from .arguments import DataArguments, MeftArguments
+from .data.base import TaskData, TaskSpec
 from .kinds import TaskKind, kind_of
 from .kinds.base import Collator, Say, Scorer
 

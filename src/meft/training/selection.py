@@ -9,9 +9,9 @@ from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from meft.errors import ConfigError
-from meft_lab.tasks import TaskSpec
 
 from .arguments import TrainerArguments
+from .data.base import TaskSpec
 
 _STATE = "early_stopping_patience_counter"
 

@@ -29,7 +29,7 @@ class MeftConfig(PeftConfig):
     Args:
         task_type: as for any PEFT method: "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM",
             "FEATURE_EXTRACTION", or None.
-        coupling: "meft1", "meft2", "meft3" or "momentum" (`meft.engine.couplings`); "adapter" trains the same adapters on the
+        coupling: "meft1", "meft2", "meft3" or "momentum" (`couplings`); "adapter" trains the same adapters on the
             ordinary layers, which are then not reversible.
         bottleneck_dim: width of the adapters, at least 1.
         lam: factor of the first stream; None for the coupling's own (0.1, 1, 0.1). In exact arithmetic 1/m with m an

@@ -1,25 +1,17 @@
-"""Figures of reconstruction error, and how a figure reaches the disk.
-
-matplotlib is imported when a figure is drawn, and only its object interface is used: no window system and no global
-state of `pyplot` are touched.
-"""
+"""The figure of reconstruction error against depth."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from meft.errors import ConfigError
+from meft.storage.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("svg", "png", "pdf")
 _MARKERS = "os^Dv<>P*X"
 # Past an error of this size the numbers tell nothing more; what is larger, or not finite, is drawn here.
 _CEILING = 1e6
@@ -41,11 +33,9 @@ def error_against_depth(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
     Args:
         panels: curves by name, by title of their panel.
     """
-    from matplotlib.figure import Figure
-
     columns = min(2, len(panels)) or 1
     rows = -(-len(panels) // columns) or 1
-    figure = Figure(figsize=(5.6 * columns, 3.8 * rows), layout="constrained")
+    figure = new_figure(figsize=(5.6 * columns, 3.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     cells = [cell for row in grid for cell in row]
     for cell in cells[len(panels) :]:
@@ -56,46 +46,6 @@ def error_against_depth(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
     for row in grid:
         row[0].set_ylabel("relative error of the rebuilt streams")
     return figure
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes a figure beside its place and renames it, so that a kill leaves the old file or the new.
-
-    Args:
-        figure: what to write.
-        path: ends in .svg, .png or .pdf.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigError: the ending is another, or the folder does not exist.
-    """
-    place = check_figure_path(path)
-    content = io.BytesIO()
-    import matplotlib
-
-    # The same figure is to be the same file: otherwise dates are written, and identifiers in SVG are random.
-    undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(place.suffix, {})
-    with matplotlib.rc_context({"svg.hashsalt": "meft"}):
-        figure.savefig(content, format=place.suffix[1:], dpi=150, metadata=undated)
-    beside = place.with_name(f".saving-{place.name}")
-    beside.write_bytes(content.getvalue())
-    os.replace(beside, place)
-    return place
-
-
-def check_figure_path(path: str | os.PathLike[str]) -> Path:
-    """Raises ConfigError if a figure cannot be written there; finds out before the work, not after."""
-    place = Path(path)
-    if place.suffix[1:] not in FORMATS:
-        raise ConfigError(
-            f"{str(path)!r} does not say what kind of figure to write. Valid endings: "
-            f"{', '.join('.' + name for name in FORMATS)}. Use one of these."
-        )
-    if not place.parent.is_dir():
-        raise ConfigError(f"The folder of {str(path)!r} does not exist. Create it, or choose another.")
-    return place
 
 
 def _draw_panel(axes: Axes, title: str, curves: Mapping[str, Curve], foot: int) -> None:

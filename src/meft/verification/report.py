@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from meft.storage.figures import save_figure
 from meft.storage.files import finite
 
-from .figure import Curve, error_against_depth, save_figure
+from .figure import Curve, error_against_depth
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def _why_not(reversible_stack: ReversibleStack) -> str:
         return 'coupling="adapter" leaves the layers uncoupled'
     if not plan.reversible:
         return 'backward="cached" keeps all activations'
-    return f"frozen_layers={plan.frozen_layers} and cached_layers={plan.cached_layers} are all {reversible_stack.depth} layers"
+    layers = reversible_stack.depth
+    return f"frozen_layers={plan.frozen_layers} and cached_layers={plan.cached_layers} are all {layers} layers"
 
 
 def _inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from meft.errors import ConfigError
+from meft.storage.figures import save_figure
 from meft.storage.files import write_json, write_text
 from meft.storage.results import now
-from meft.verification.figure import save_figure
 from meft_lab.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, markdown, table_of
 from meft_lab.sweep.figure import scores_figure
 

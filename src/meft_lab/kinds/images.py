@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,14 +22,16 @@ from transformers import (
 
 from meft.errors import ConfigError
 from meft.loading import models as loading
-from meft.training.arguments import DataArguments, ModelArguments
-from meft.training.data.base import LABEL
+from meft.loading.arguments import ModelArguments
+from meft.training.data.base import LABEL, TaskData, TaskSpec
 from meft.training.kinds.base import Collator, Encoded, Say, TaskKind
 from meft.training.kinds.classification import classifier_options, predicted_labels
-from meft_lab.tasks import TaskData, TaskSpec
 from meft_lab.tasks.image_tasks import IMAGE_TASKS
 from meft_lab.tasks.images import load_images
 from meft_lab.tasks.pixels import MIRROR, ROW, ImageCollator
+
+if TYPE_CHECKING:
+    from meft.training.arguments import DataArguments
 
 
 class ImageClassification(TaskKind):
@@ -39,6 +41,7 @@ class ImageClassification(TaskKind):
     task_type = None  # PEFT has no name for it
     auto_model = AutoModelForImageClassification
     tasks = tuple(IMAGE_TASKS)
+    options = ("validation_share", "augment")
     keep_columns = True
 
     def load_rows(

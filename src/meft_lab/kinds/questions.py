@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -14,12 +14,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from meft.errors import DataError, UnsupportedModelError
 from meft.loading import models as loading
-from meft.training.arguments import DataArguments
+from meft.training.data.base import TaskData, TaskSpec
 from meft.training.kinds.base import Collator, Encoded, Say, Scorer, TaskKind, first_rows
-from meft_lab.tasks import QUESTION_TASKS, TaskData, TaskSpec, load_multiple_choice
+from meft_lab.tasks import QUESTION_TASKS, load_multiple_choice
 from meft_lab.tasks.answers import FITS, IGNORED, encode_answers, fitting, mark_fitting
 from meft_lab.tasks.harness import require_harness, score_choices
 from meft_lab.tasks.multiple_choice import ANSWER
+
+if TYPE_CHECKING:
+    from meft.training.arguments import DataArguments
 
 
 class MultipleChoice(TaskKind):

@@ -22,8 +22,8 @@ from transformers import (
 from meft.backbone.plan import check_integer
 from meft.cli.inputs import load_pretrained
 from meft.errors import UnsupportedModelError
+from meft.loading.arguments import ModelArguments
 from meft.memory.estimation.recipes import read_recipe
-from meft.training.arguments import ModelArguments
 
 from . import figures
 from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from meft.backbone.plan import check_choice, check_integer
 from meft.cli.inputs import load_pretrained, random_batch, text_batch
 from meft.engine.couplings import COUPLINGS
+from meft.loading.arguments import ModelArguments
 from meft.methods.registry import apply_method
-from meft.training.arguments import ModelArguments
 
 from . import figures
 from .base import Cell, Column, FolderArguments, Found, Parsed, Request, Row, Study, Tick, option

@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from meft.loading.arguments import ModelArguments
 from meft.loading.models import quiet_transformers
 from meft.storage.files import publish_folder, staged, write_text
-from meft.training.arguments import DataArguments, ModelArguments
+from meft.training.arguments import DataArguments
 
 if TYPE_CHECKING:
     from .base import Parsed, Study

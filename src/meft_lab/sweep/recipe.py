@@ -150,7 +150,7 @@ def row_names(grid: Axes, axes: Sequence[str]) -> list[str]:
 
 def builtin_recipes() -> dict[str, Path]:
     """The recipes that come with `meft`, by name."""
-    folder = Path(str(resources.files("meft") / "recipes"))
+    folder = Path(str(resources.files("meft_lab") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

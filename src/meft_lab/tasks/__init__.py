@@ -1,7 +1,4 @@
-"""Tasks: their rows, labels and metrics."""
-
-from meft.training.data.base import TaskData, TaskSpec
-from meft.training.data.files import FileOptions, load_files
+"""Tasks known by name: their rows, labels and metrics."""
 
 from .glue import GLUE_TASKS, load_glue
 from .image_tasks import IMAGE_TASKS
@@ -12,10 +9,6 @@ __all__ = [
     "GLUE_TASKS",
     "IMAGE_TASKS",
     "QUESTION_TASKS",
-    "FileOptions",
-    "TaskData",
-    "TaskSpec",
-    "load_files",
     "load_glue",
     "load_images",
     "load_multiple_choice",

@@ -50,7 +50,7 @@ def require_harness() -> None:
     if find_spec("lm_eval") is None:
         raise MissingPackageError(
             "questions with choices are scored by the package lm-eval, which is not installed. "
-            'Install it with: pip install "meft[qa]"'
+            'Install it with: pip install "meft[lab]"'
         )
 
 

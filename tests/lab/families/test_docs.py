@@ -10,7 +10,7 @@ from meft_lab.families.catalogue import CATALOGUE
 from meft_lab.families.matrix import Row, row_of
 from meft_lab.families.report import markdown
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 
 
 def rows(text: str) -> dict[str, list[str]]:

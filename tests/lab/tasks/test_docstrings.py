@@ -92,7 +92,7 @@ def test_the_task_is_the_same_every_time(library: Path) -> None:
         "import sys; from meft_lab.tasks.docstrings import collect; "
         "print(collect(sys.argv[1], train_per_label=12, validation_per_label=6))"
     )
-    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     command = [sys.executable, "-c", code, str(library)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(small(library))

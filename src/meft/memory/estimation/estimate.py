@@ -49,8 +49,8 @@ def estimate(
         >>> meft.estimate("meta-llama/Llama-3.2-3B", method="lora+momentum", budget="24GiB", longest="sequence").seq_len
 
     The step runs on tensors that have shapes and no values (PyTorch's FakeTensorMode), and every tensor that comes and
-    goes is counted. A deep model is run with a few of its layers and carried on from there (`meft.memory.estimation.predict` says
-    how, and how that is checked). Not seen is what a kernel allocates and frees inside itself: workspaces of matrix
+    goes is counted. A deep model is run with a few of its layers and carried on from there (`estimation.predict` says how,
+    and how that is checked). Not seen is what a kernel allocates and frees inside itself: workspaces of matrix
     products (oneDNN, cuBLAS), of attention's backward pass and of reductions. With `device="cuda"` the kernels of the
     CPU stand in for those of CUDA: blocks are rounded as its allocator rounds them, the optimizer updates all
     parameters together, and attention weights have no dropout, so that attention runs in a kernel that does not store
@@ -65,7 +65,7 @@ def estimate(
         batch_size: Rows of a batch.
         seq_len: Tokens of a row; of no meaning for models of images.
         dtype: Of the weights: float32, bfloat16, float16 or float64.
-        optimizer: One of `meft.memory.estimation.optimizers.OPTIMIZERS`: adamw, adam, sgd, sgd+momentum, adafactor, rmsprop,
+        optimizer: One of `estimation.optimizers.OPTIMIZERS`: adamw, adam, sgd, sgd+momentum, adafactor, rmsprop,
             adagrad, none.
         task_type: The head: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION or
             IMAGE_CLS. None for what the configuration was saved for; language modelling where it says nothing.
@@ -79,7 +79,7 @@ def estimate(
         progress: Called with a description before every step that is run.
         revision: Of the model on the hub.
         trust_remote_code: Whether to run code that comes with the model.
-        **options: Of the method: the fields of `meft.methods.registry.MethodOptions` (bottleneck_dim, lora_rank, frozen_layers,
+        **options: Of the method: the fields of `methods.MethodOptions` (bottleneck_dim, lora_rank, frozen_layers,
             gamma, ...), and for a coupling under another method those of `meft.make_reversible`.
 
     Returns:

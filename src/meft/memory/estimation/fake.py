@@ -1,7 +1,7 @@
 """Steps on tensors without values: a model of any size from its configuration alone, and what its step would allocate.
 
 `FakeTensorMode` runs every operation on shapes and dtypes only. `record_fake` notes the storage of every tensor that
-an operation returns and when it dies, as the profiler does for a real step (`meft.memory.measurement.timeline`). What a kernel
+an operation returns and when it dies, as the profiler does for a real step (`measurement.timeline`). What a kernel
 allocates inside itself and frees before it returns is not seen.
 """
 

@@ -1,6 +1,6 @@
 """Peaks of a training step on tensors without values, at any depth, batch and sequence.
 
-Layers are alike, so the step need not run at full depth. It is cut into phases (`meft.memory.measurement.causes`): every layer's
+Layers are alike, so the step need not run at full depth. It is cut into phases (`measurement.causes`): every layer's
 forward and backward pass, what lies between, the loss head. Within a phase the same tensors come and go whatever the
 depth; only what was live when it began grows, by the same amount for each further layer. The peak of each phase is
 therefore linear in the depth, and the peak of the step is the largest of them. Layers are told by their distance from

@@ -1,7 +1,7 @@
 """What the memory of a step is for: every block that is live at a moment, put down to a cause.
 
 A block's cause follows from the phase of the step in which it was allocated and the phase it is looked at in
-(`meft.memory.measurement.marks` tells the phases): a tensor that a layer's forward pass made is the working set of that layer while
+(`marks` tells the phases): a tensor that a layer's forward pass made is the working set of that layer while
 the pass runs, and saved by the layer once it is over.
 """
 

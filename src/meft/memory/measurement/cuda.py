@@ -1,6 +1,6 @@
 """What the memory of a step on CUDA is for, from the allocator's figures at every mark.
 
-The allocator says how much is allocated now, and how much was at most since it was last asked; `meft.memory.measurement.marks` says
+The allocator says how much is allocated now, and how much was at most since it was last asked; `marks` says
 what the step is doing. Between two marks everything belongs to one phase, so whatever is added there is put down to it:
 the working set of the layer that runs, the loss head, and so on. When a layer's forward pass ends, what is left of its
 working set is what it saved; when its backward pass ends, that is taken back. The sum over all causes is the

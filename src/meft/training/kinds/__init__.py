@@ -1,19 +1,44 @@
-"""The kinds of tasks that `meft train` knows, and which of them a task's name stands for."""
+"""The kinds of tasks that `meft train` knows, and which of them a task's name stands for.
+
+The library knows the user's own texts. Further kinds come from packages that name them as entry points of the group
+"meft.tasks", as the laboratory does.
+"""
 
 from __future__ import annotations
 
-from meft.errors import ConfigError
-from meft_lab.kinds.images import ImageClassification
-from meft_lab.kinds.questions import MultipleChoice
+from functools import cache
+from importlib.metadata import entry_points
+
+from meft.errors import ConfigError, MissingPackageError
 
 from .base import Encoded, TaskKind
 from .classification import TextClassification
 
-__all__ = ["KINDS", "TASKS", "Encoded", "TaskKind", "kind_of"]
+__all__ = ["Encoded", "TaskKind", "kind_of", "kinds", "tasks", "tasks_with_option"]
 
-# The first one is also the kind of the user's own files, which have no task's name.
-KINDS: tuple[TaskKind, ...] = (TextClassification(), MultipleChoice(), ImageClassification())
-TASKS = tuple(name for kind in KINDS for name in kind.tasks)
+
+@cache
+def _plugged_in() -> tuple[tuple[TaskKind, ...], tuple[str, ...]]:
+    """The kinds of installed packages, and what is missing of those that do not load."""
+    found: list[TaskKind] = []
+    missing: list[str] = []
+    for point in sorted(entry_points(group="meft.tasks"), key=lambda point: point.name):
+        try:
+            found += point.load()
+        except ModuleNotFoundError as error:
+            missing.append(str(error.name))
+    return tuple(found), tuple(missing)
+
+
+@cache
+def kinds() -> tuple[TaskKind, ...]:
+    """Every kind; the first is that of the user's own files, which have no task's name."""
+    return TextClassification(), *_plugged_in()[0]
+
+
+def tasks() -> tuple[str, ...]:
+    """The names of all tasks."""
+    return tuple(name for kind in kinds() for name in kind.tasks)
 
 
 def kind_of(task: str | None) -> TaskKind:
@@ -21,10 +46,24 @@ def kind_of(task: str | None) -> TaskKind:
 
     Raises:
         ConfigError: There is no such task.
+        MissingPackageError: There may be, but tasks by name need packages that are not installed.
     """
     if not task:
-        return KINDS[0]
-    for kind in KINDS:
+        return kinds()[0]
+    for kind in kinds():
         if task in kind.tasks:
             return kind
-    raise ConfigError(f"task is {task!r}; it must be one of {', '.join(TASKS)}.")
+    missing = _plugged_in()[1]
+    if missing:
+        raise MissingPackageError(
+            f"task is {task!r}. Tasks known by name need {', '.join(missing)}, which is not installed. Install it "
+            'with: pip install "meft[lab]"'
+        )
+    raise ConfigError(f"task is {task!r}; it must be one of {', '.join(tasks())}.")
+
+
+def tasks_with_option(name: str) -> tuple[str, ...] | None:
+    """The tasks that a data argument belongs to; None if it belongs to all."""
+    if not any(name in kind.options for kind in kinds()):
+        return None
+    return tuple(task for kind in kinds() if name in kind.options for task in kind.tasks)

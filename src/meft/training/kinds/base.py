@@ -1,6 +1,7 @@
 """What `meft train` must know of a kind of task: its rows, its model, its batches, its scores.
 
 A kind is an object without state. `meft.training.kinds.KINDS` lists them all; the name given as `--task` chooses one.
+Packages add kinds through the entry points of the group "meft.tasks", each of which is a tuple of kinds.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from meft.loading import models as loading
-from meft_lab.tasks import TaskData, TaskSpec
+from meft.loading.arguments import ModelArguments
 
-from ..arguments import DataArguments, ModelArguments
+from ..data.base import TaskData, TaskSpec
+
+if TYPE_CHECKING:
+    from ..arguments import DataArguments
 
 Say = Callable[[str], None]
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -49,13 +53,14 @@ class Encoded:
 
 
 class TaskKind(ABC):
-    """A kind of task; subclass it and list an instance in `KINDS` to add another.
+    """A kind of task; subclass it, and name a tuple of instances as an entry point "meft.tasks", to add another.
 
     Attributes:
         what: What the model is for, in messages: `"sequence classification"`.
         task_type: PEFT's task type, or `None` where PEFT has none.
         auto_model: The Auto class of Transformers that loads the model.
-        tasks: What `--task` may be.
+        tasks: What `--task` may be; empty for the user's own files.
+        options: The data arguments that belong to this kind alone.
         keep_columns: Whether the rows have columns that the model's `forward` does not name, for the collator.
     """
 
@@ -63,6 +68,7 @@ class TaskKind(ABC):
     task_type: ClassVar[str | None]
     auto_model: ClassVar[Any]
     tasks: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]] = ()
     keep_columns: ClassVar[bool] = False
 
     @abstractmethod

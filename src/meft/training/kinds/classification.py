@@ -1,11 +1,11 @@
-"""Classification and regression of texts: the tasks of GLUE, and the user's own files."""
+"""Classification and regression of the user's own texts."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +19,15 @@ from transformers import (
 )
 
 from meft.loading import models as loading
-from meft_lab.tasks import GLUE_TASKS, TaskData, TaskSpec, load_files, load_glue
 
-from ..arguments import DataArguments
-from ..data.base import LABEL
+from ..data.base import LABEL, TaskData, TaskSpec
 from ..data.encode import encode
+from ..data.files import load_files
 from ..data.metrics import predictions_of, score
 from .base import Collator, Encoded, Say, TaskKind, first_rows
+
+if TYPE_CHECKING:
+    from ..arguments import DataArguments
 
 # PEFT trains these heads of its own accord.
 _PEFT_HEADS = ("classifier", "score")
@@ -37,7 +39,7 @@ class TextClassification(TaskKind):
     what = "sequence classification"
     task_type = "SEQ_CLS"
     auto_model = AutoModelForSequenceClassification
-    tasks = tuple(GLUE_TASKS)
+    tasks = ()
 
     def load_rows(
         self,
@@ -48,9 +50,6 @@ class TextClassification(TaskKind):
         labels: Sequence[str] | None,
         cache_dir: str | None,
     ) -> TaskData:
-        if arguments.task:
-            order = labels or _label_order(config, arguments.task)
-            return load_glue(arguments.task, arguments.data_dir, splits, labels=order, cache_dir=cache_dir)
         files = {split: getattr(arguments, f"{split}_file") for split in splits}
         return load_files(files, arguments.file_options(labels))
 
@@ -102,13 +101,6 @@ def predicted_labels(trainer: Any, spec: TaskSpec, rows: Dataset) -> list[str]:
     logits = trainer.predict(rows.remove_columns([LABEL] if LABEL in rows.column_names else [])).predictions
     predicted = predictions_of(np.asarray(logits), spec.regression)
     return [f"{value:.6g}" if spec.regression else spec.labels[value] for value in predicted]
-
-
-def _label_order(config: PretrainedConfig, task: str) -> tuple[str, ...] | None:
-    """The task's labels as the model orders them: an MNLI model may well call contradiction 0."""
-    labels = GLUE_TASKS[task].labels if task in GLUE_TASKS else ()
-    own = [str(name).lower() for _, name in sorted((config.id2label or {}).items())]
-    return tuple(own) if labels and set(own) == set(labels) and len(own) == len(labels) else None
 
 
 def _compute_metrics(prediction: EvalPrediction, spec: TaskSpec) -> dict[str, float]:
