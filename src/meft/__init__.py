@@ -8,37 +8,12 @@ Importing this package registers the PEFT method "MEFT":
     model = get_peft_model(base, meft.MeftConfig(task_type="SEQ_CLS", coupling="meft1"))
 """
 
-from meft import errors
-from meft.backbone.conversion import make_reversible, restore
-from meft.errors import MeftError
-from meft.loading.folders import load
-from meft.memory import MemoryEstimate, MemoryReport, estimate, measure
-from meft.training.callbacks import MeftCallback
-from meft.training.export import export
-from meft.tuner.config import MeftConfig
-from meft.tuner.tuner import MeftLayer, MeftModel, register
-from meft.verification import VerifyReport, verify
+from meft import errors as errors
+from meft.lazy import exports, when_imported
 
 __version__ = "0.1.0"
 
-register()
+# What is exported stands in __init__.pyi; nothing heavy is imported before it is used.
+__all__, __getattr__, __dir__ = exports(__name__, __file__)
 
-__all__ = [
-    "MeftCallback",
-    "MeftConfig",
-    "MeftError",
-    "MeftLayer",
-    "MeftModel",
-    "MemoryEstimate",
-    "MemoryReport",
-    "VerifyReport",
-    "__version__",
-    "errors",
-    "estimate",
-    "export",
-    "load",
-    "make_reversible",
-    "measure",
-    "restore",
-    "verify",
-]
+when_imported("peft", "meft.tuner")

@@ -72,3 +72,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if text.endswith(".") else f"{text}."
+
+
+class InterruptedRunError(Exception):
+    """Ctrl-C in a training; of its own kind because typer makes `Aborted!` of a KeyboardInterrupt."""

@@ -10,13 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from meft.cli.console import PASS_ON, InterruptedCommandError, command_line
+from meft.errors import InterruptedRunError
+
+# These commands hand their words on to the parser of Transformers, which knows the Trainer's arguments.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def add_commands(app: typer.Typer) -> None:
     """Adds sweep, study, families and demo to the command line."""
-    app.command(context_settings=PASS_ON)(sweep)
-    app.command(context_settings=PASS_ON, add_help_option=False)(study)
+    app.command(context_settings=_PASS_ON)(sweep)
+    app.command(context_settings=_PASS_ON, add_help_option=False)(study)
     app.command()(families)
     app.command()(demo)
 
@@ -37,11 +40,9 @@ def sweep(
     from meft_lab.cli.sweep import sweep_command
 
     try:
-        code = sweep_command(
-            recipe, context.args, output_dir=output_dir, dry_run=dry_run, command=command_line(context)
-        )
+        code = sweep_command(recipe, context.args, output_dir=output_dir, dry_run=dry_run, command=context.obj)
     except KeyboardInterrupt:
-        raise InterruptedCommandError from None
+        raise InterruptedRunError from None
     sys.exit(code)
 
 
@@ -50,9 +51,9 @@ def study(context: typer.Context) -> None:
     from meft_lab.cli.study import study_command
 
     try:
-        code = study_command(context.args, command=command_line(context))
+        code = study_command(context.args, command=context.obj)
     except KeyboardInterrupt:
-        raise InterruptedCommandError from None
+        raise InterruptedRunError from None
     sys.exit(code)
 
 
@@ -68,7 +69,7 @@ def demo(
 
     chosen: dict[str, Any] = {"methods": methods.split()} if methods else {}
     chosen |= {"steps": steps} if steps else {}
-    run(output_dir, seed=seed, command=command_line(context), **chosen)
+    run(output_dir, seed=seed, command=context.obj, **chosen)
 
 
 def families(
@@ -83,4 +84,4 @@ def families(
     """Try families of models, and any model type of Transformers, with the libraries installed here."""
     from meft_lab.cli.families import families_command
 
-    sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=command_line(context)))
+    sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=context.obj))

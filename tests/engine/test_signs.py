@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from engine.test_engine_vs_reference import CACHED, REVERSIBLE, compare, engine_model
 from torch import Tensor, nn
 
 import meft
+from engine.test_engine_vs_reference import CACHED, REVERSIBLE, compare, engine_model
 from meft.engine.arithmetic import FixedPoint, FloatArithmetic
 from meft.engine.couplings import Step, make_coupling
 from meft.engine.engine import LayerCall, Tape, finish, run_layer

@@ -1,103 +1,147 @@
-"""Imports point one way; the engine and what lies below it know neither transformers nor peft."""
+"""Imports point one way, and what need not be imported is not."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import meft
 
-PACKAGE = Path(meft.__file__).parent
+SOURCE = Path(meft.__file__).parents[1]
 
-# Every module may import those before it, never those after it; a module not listed here fails the test.
-ORDER = [
-    {"errors", "version"},
-    {"compilation", "residues", "sharding", "tiles"},
-    {"arithmetic"},
-    {"couplings"},
-    {"plan", "replay", "tape"},
-    {"checks", "routes"},
-    {"engine", "adapters", "architectures"},
-    {"reversible_stack", "calls", "head"},
-    {"layers"},
-    {"discovery", "peft_type"},
-    {"convert"},
-    {"config"},
-    {"tuner"},
-    {"storage", "verify", "folders", "export"},
-    {"baselines", "tasks", "results", "families"},
-    {"methods"},
-    {"memory"},
-    {"callbacks"},
-    {"training"},
-    {"sweep"},
-    {"demo", "studies", "cli"},
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-BARE = (
-    "errors",
-    "residues",
-    "compilation",
-    "sharding",
-    "tiles",
-    "arithmetic",
-    "couplings",
-    "plan",
-    "replay",
-    "tape",
-    "checks",
-    "routes",
-    "engine",
-    "adapters",
-)
+# What each package may import besides itself. A package that is not here, or an import that is not, fails the test.
+# Read from the top down it is the house from the ground up: nothing imports what stands below it here.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "lazy": set(),
+    "storage": {"errors"},
+    "loss": {"errors"},
+    "engine": {"errors"},
+    "loading": {"errors", "storage"},
+    "backbone": {"errors", "loss", "engine"},
+    "tuner": {"errors", "loss", "engine", "backbone"},
+    "verification": {"errors", "storage", "engine", "loading", "backbone"},
+    "methods": {"errors", "backbone", "tuner"},
+    "memory": {"errors", "storage", "engine", "backbone", "methods"},
+    "training": {"errors", "storage", "engine", "loading", "backbone", "tuner", "methods", "memory"},
+    "cli": {
+        *("errors", "storage", "engine", "loading", "backbone", "tuner", "verification", "methods", "memory"),
+        "training",
+    },
+    "meft_lab": {
+        *("errors", "storage", "engine", "loading", "backbone", "tuner", "verification", "methods", "memory"),
+        "training",
+    },
+}
+TORCH_ALONE = ("errors", "engine")
+QUIET = ("trl", "datasets", "matplotlib", "scipy", "sklearn", "lm_eval", "bitsandbytes", "PIL", "deepspeed")
 
 
-def imported(path: Path) -> set[str]:
-    """The first component of every module a file imports; meft's own ones without the package."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def package_of(module: str) -> str:
+    """`meft.engine.tape` belongs to "engine", all of the laboratory to "meft_lab"."""
+    first, *rest = module.split(".")
+    return first if first == "meft_lab" or not rest else rest[0]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, absolute."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    package = parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            depth = len(path.relative_to(PACKAGE).parts)
-            if node.level == depth:
-                found |= {f"meft.{node.module}"} if node.module else {f"meft.{alias.name}" for alias in node.names}
-            elif not node.level and node.module:
-                found.add(node.module)
-    return {name.removeprefix("meft.").split(".")[0] for name in found}
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("name", sorted(RANK))
-def test_imports_point_one_way(name: str) -> None:
-    path = PACKAGE / name
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    if not path.is_dir() and not files[0].exists():
-        pytest.fail(f"{name} is listed here but does not exist")
-    for file in files:
-        for other in imported(file) - {name}:
-            if not (PACKAGE / other).exists() and not (PACKAGE / f"{other}.py").exists():
-                continue
-            assert other in RANK, f"{file.name} imports {other}, which comes after it"
-            assert RANK[other] <= RANK[name], f"{file.name} imports {other}, which comes after it"
+def files_of(package: str) -> list[Path]:
+    folder = SOURCE / package if package == "meft_lab" else SOURCE / "meft" / package
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
-def test_the_engine_and_below_import_neither_transformers_nor_peft() -> None:
+def test_every_package_is_listed() -> None:
+    found = {
+        path.stem for path in (SOURCE / "meft").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert found - {"__init__"} | {"meft_lab"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_stay_within_the_list(package: str) -> None:
+    used = set()
+    for file in files_of(package):
+        for module in imports(file):
+            if module.split(".")[0] in ("meft", "meft_lab"):
+                other = package_of(module)
+                if module == "meft" or other == "meft":
+                    pytest.fail(f"{file} imports the root, which imports it")
+                used.add(other)
+                assert other in MAY_IMPORT[package] | {package}, f"{file} imports {module}"
+    assert used - {package} == MAY_IMPORT[package], "the list allows what nothing needs any more"
+
+
+def test_the_list_points_one_way() -> None:
+    order = list(MAY_IMPORT)
+    for package, others in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(package) for other in others), package
+
+
+def test_the_engine_needs_torch_alone() -> None:
+    modules = [
+        ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+        for package in TORCH_ALONE
+        for file in files_of(package)
+        if file.name != "__init__.py"
+    ]
     code = (
         "import sys, types\n"
-        f"package = types.ModuleType('meft'); package.__path__ = [{str(PACKAGE)!r}]; sys.modules['meft'] = package\n"
-        f"import {', '.join(f'meft.{name}' for name in BARE)}\n"
-        "print([name for name in ('transformers', 'peft') if name in sys.modules])\n"
+        f"root = types.ModuleType('meft'); root.__path__ = [{str(SOURCE / 'meft')!r}]; sys.modules['meft'] = root\n"
+        f"import {', '.join(modules)}\n"
+        "print([name for name in ('transformers', 'peft', 'accelerate', 'rich') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_every_core_module_has_a_place_in_the_order() -> None:
-    core = set(RANK) | {"__init__", "py"}
-    above = {path.stem for path in PACKAGE.glob("*.py")} - core
-    for name in above:
-        assert not any(name in imported(PACKAGE / f"{low}.py") for low in BARE)
+def test_importing_the_library_is_quiet_and_light() -> None:
+    code = f"import sys, meft; print([name for name in {QUIET!r} if name in sys.modules], end='')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]" and done.stderr == ""
+
+
+@pytest.mark.parametrize("order", ["meft, peft", "peft, meft"])
+def test_the_method_is_registered_once_both_are_imported(order: str) -> None:
+    code = (
+        f"import {order}\n"
+        "print(peft.PEFT_TYPE_TO_CONFIG_MAPPING['MEFT'] is meft.MeftConfig, peft.__spec__.loader is peft.__loader__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_what_the_root_does_not_export_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'meft' has no attribute 'momentum'"):
+        meft.momentum  # noqa: B018
+    assert "verify" in dir(meft) and meft.verify is meft.verify
+
+
+@pytest.mark.parametrize("name", [name for name in meft.__all__ if not name.startswith("_")])
+def test_no_submodule_shadows_what_the_root_exports(name: str) -> None:
+    place = SOURCE / "meft" / name
+    is_module = place.with_suffix(".py").exists() or place.is_dir()
+    assert is_module == isinstance(getattr(meft, name), type(meft)), f"meft.{name} is a module and something else"
+
+
+@pytest.mark.parametrize("package", ["backbone", "loss"])
+def test_what_the_tuner_needs_does_not_import_peft_before_it_is_complete(package: str) -> None:
+    for file in files_of(package):
+        top = ast.parse(file.read_text()).body
+        modules = [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
+        assert not any(module.split(".")[0] == "peft" for module in modules), file

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import meft
 from meft import cli
 from meft.backbone.layers import ReversibleLayer
-from meft.cli.inputs import random_batch
 from meft.cli.verify import verify_command
 from meft.errors import CheckpointError, ConfigError, DataError, StreamOverflowError, UnsupportedModelError
 from meft.verification import LayerError, VerifyReport, verify
+from meft.verification.batches import random_batch
 from meft.verification.figure import error_against_depth
 from meft.verification.gradients import relative_differences
 from meft.verification.report import curve

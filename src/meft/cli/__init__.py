@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,13 +17,14 @@ from meft.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    InterruptedRunError,
     MeftError,
     MissingPackageError,
     OutputFolderError,
     UnsupportedModelError,
 )
 
-from .console import PASS_ON, InterruptedCommandError, command_line, say
+from .console import say
 
 BAD_INPUT = (
     ConfigError,
@@ -32,6 +34,9 @@ BAD_INPUT = (
     UnsupportedModelError,
     MissingPackageError,
 )
+# These commands hand their words on to the parser of Transformers, which knows the Trainer's arguments.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 app = typer.Typer(
     name="meft",
     help="Memory-efficient fine-tuning of pretrained transformers.",
@@ -41,7 +46,7 @@ app = typer.Typer(
 )
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Fine-tune a model on texts, questions or images: a task known by name, or your own files."""
     from meft.storage.results import summary_table
@@ -51,15 +56,15 @@ def train(context: typer.Context) -> None:
 
     arguments = parse(TRAIN_TYPES, context.args, command="train")
     try:
-        found = run(*arguments, command=command_line(context), say=say)
+        found = run(*arguments, command=context.obj, say=say)
     except KeyboardInterrupt:
-        raise InterruptedCommandError from None
+        raise InterruptedRunError from None
     if arguments[-1].process_index == 0:
         Console().print(summary_table(found))
         say(f"Saved to {arguments[-1].output_dir}")
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Score a trained model or adapter."""
     from meft.storage.results import metrics_table
@@ -72,7 +77,7 @@ def evaluate(context: typer.Context) -> None:
         Console().print(metrics_table(metrics, title=arguments[0].model_name_or_path))
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def verify(context: typer.Context) -> None:
     """Check that a model's activations are rebuilt bit for bit, and its gradients with them."""
     from .verify import verify_command
@@ -100,7 +105,7 @@ def export(
     export_command(source, output_dir, base_model_name_or_path=base_model_name_or_path, merge=merge, dtype=dtype)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(context_settings=_PASS_ON)
 def estimate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name on the hub, a model's folder, or a config.json.")],
@@ -127,7 +132,7 @@ def estimate(
     from .estimate import estimate_command
 
     given = {name: value for name, value in context.params.items() if name not in ("method", "json")}
-    sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=command_line(context)))
+    sys.exit(estimate_command(**given, methods=method, json=json, extra=context.args, command=context.obj))
 
 
 def _add_commands() -> None:
@@ -146,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--traceback"]
     _quiet_libraries()
     try:
-        app(args=words, prog_name="meft", obj=words)
+        app(args=words, prog_name="meft", obj=shlex.join(["meft", *words]))
     except (MeftError, OSError) as error:
         if show_traceback:
             raise
         _complain(error)
         sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
-    except InterruptedCommandError:
+    except InterruptedRunError:
         _complain("Interrupted. The same command goes on from the newest checkpoint.")
         sys.exit(130)
 

@@ -21,6 +21,7 @@ from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
 from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.loading.models import load_adapter
+from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
@@ -28,8 +29,7 @@ from meft.storage.results import hardware, now, versions
 from meft.training.arguments import MeftArguments, parse
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
-
-from .inputs import load_pretrained, random_batch, text_batch
+from meft.verification.batches import random_batch, text_batch
 
 _COUPLING_OPTIONS = (
     "lam",

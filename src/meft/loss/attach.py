@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
@@ -64,6 +63,9 @@ def attach(model: nn.Module) -> list[Change]:
     Returns:
         What was changed, for an `undo` of the caller's own; empty if nothing was, or all of it before.
     """
+    # Not at the head: importing PEFT imports the tuner (`meft.lazy`), which imports this module.
+    from peft.utils import ModulesToSaveWrapper
+
     changes: list[Change] = []
     for inner in model.modules():
         if not isinstance(inner, PreTrainedModel):

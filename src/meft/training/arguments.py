@@ -13,7 +13,6 @@ from meft.loading.arguments import option
 from meft.methods.registry import MethodOptions
 
 from .data.files import FileOptions
-from .kinds import tasks_with_option
 from .parsing import as_words, parse, read_mapping
 
 __all__ = [
@@ -98,12 +97,6 @@ class DataArguments:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r} beside --task {self.task}; it describes your own files. Leave "
                     "it out."
-                )
-        for name in ("validation_share", "augment"):
-            tasks = tasks_with_option(name) or ()
-            if self.task not in tasks and getattr(self, name) != getattr(DataArguments(), name):
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}; it belongs to the tasks {', '.join(tasks)}. Leave --{name} out."
                 )
         missing = [f"--{split}_file" for split in splits if not files[split]]
         if not self.task and missing:

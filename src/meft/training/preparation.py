@@ -20,7 +20,7 @@ from meft.storage.files import read_json
 
 from .arguments import DataArguments, MeftArguments
 from .data.base import TaskData, TaskSpec
-from .kinds import TaskKind, kind_of
+from .kinds import TaskKind, check_options, kind_of
 from .kinds.base import Collator, Say, Scorer
 
 # Beside every saved model: the labels it was trained for, and what evaluating it alike takes.
@@ -175,6 +175,7 @@ def _load_rows(
 ) -> TaskData:
     """`labels` are those that the model was trained for, in the order of its outputs, where that is known."""
     arguments.check_source(splits)
+    check_options(arguments)
     data = kind.load_rows(arguments, splits, config=config, labels=labels, cache_dir=cache_dir)
     for note in data.notes:
         say(note)

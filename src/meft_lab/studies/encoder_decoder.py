@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from meft.backbone.plan import check_integer
-from meft.cli.inputs import load_pretrained
 from meft.errors import UnsupportedModelError
 from meft.loading.arguments import ModelArguments
+from meft.loading.pretrained import load_pretrained
 from meft.memory.estimation.recipes import read_recipe
 
 from . import figures

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from meft.backbone.plan import check_choice, check_integer
-from meft.cli.inputs import load_pretrained, random_batch, text_batch
 from meft.engine.couplings import COUPLINGS
 from meft.loading.arguments import ModelArguments
+from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import apply_method
+from meft.verification.batches import random_batch, text_batch
 
 from . import figures
 from .base import Cell, Column, FolderArguments, Found, Parsed, Request, Row, Study, Tick, option

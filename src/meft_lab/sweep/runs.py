@@ -20,6 +20,7 @@ from meft.methods.registry import check_method
 from meft.storage.files import read_json
 from meft.training import RESULTS_FILE, TRAIN_TYPES, train
 from meft.training.arguments import as_words, flat, parse
+from meft.training.kinds import check_options
 from meft.training.kinds.base import Say, say_nothing
 from meft.training.runs import differences
 
@@ -216,6 +217,7 @@ class Sweep:
             method = arguments[2]
             check_method(method.method, method.options())
             arguments[1].check_source(("train", "validation"))
+            check_options(arguments[1])
         except ConfigError as error:
             raise ConfigError(f"The run {run.title} of recipe {self.recipe.name} cannot be run: {error}") from error
 

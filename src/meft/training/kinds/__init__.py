@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from meft.errors import ConfigError, MissingPackageError
 
 from .base import Encoded, TaskKind
 from .classification import TextClassification
 
-__all__ = ["Encoded", "TaskKind", "kind_of", "kinds", "tasks", "tasks_with_option"]
+__all__ = ["Encoded", "TaskKind", "check_options", "kind_of", "kinds", "tasks"]
 
 
 @cache
@@ -62,8 +63,20 @@ def kind_of(task: str | None) -> TaskKind:
     raise ConfigError(f"task is {task!r}; it must be one of {', '.join(tasks())}.")
 
 
-def tasks_with_option(name: str) -> tuple[str, ...] | None:
-    """The tasks that a data argument belongs to; None if it belongs to all."""
-    if not any(name in kind.options for kind in kinds()):
-        return None
-    return tuple(task for kind in kinds() if name in kind.options for task in kind.tasks)
+def check_options(arguments: Any) -> None:
+    """Refuses data arguments that belong to tasks of another kind.
+
+    Args:
+        arguments: `meft.training.arguments.DataArguments`.
+
+    Raises:
+        ConfigError: One is set.
+    """
+    usual = type(arguments)()
+    for name in dict.fromkeys(name for kind in kinds() for name in kind.options):
+        owners = [task for kind in kinds() if name in kind.options for task in kind.tasks]
+        if arguments.task not in owners and getattr(arguments, name) != getattr(usual, name):
+            raise ConfigError(
+                f"{name} is {getattr(arguments, name)}; it belongs to the tasks {', '.join(owners)}. Leave --{name} "
+                "out."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class TextClassification(TaskKind):
     what = "sequence classification"
     task_type = "SEQ_CLS"
     auto_model = AutoModelForSequenceClassification
-    tasks = ()
+    tasks: ClassVar[tuple[str, ...]] = ()
 
     def load_rows(
         self,

@@ -1,94 +1,21 @@
-"""The model and the batch that `meft verify` looks at: loaded for any task, filled with random tokens or with text."""
+"""The batch that `meft verify` looks at: random tokens, or text."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    PretrainedConfig,
     PreTrainedModel,
 )
 
-from meft.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError, first_line
+from meft.errors import ConfigError, DataError
 from meft.loading.arguments import ModelArguments
-from meft.loading.folders import TASK_MODELS
-from meft.loading.models import load_config, load_tokenizer, quiet_transformers
-from meft.storage.files import check_safetensors
+from meft.loading.models import load_tokenizer
+from meft.loading.pretrained import padding_token, single_token
 
-_ENDINGS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
 _IGNORED = -100
-
-
-def task_type_of(config: PretrainedConfig) -> str:
-    """What a checkpoint was saved for, by the name of its class; FEATURE_EXTRACTION where that says nothing."""
-    for architecture in config.architectures or ():
-        for ending, task_type in _ENDINGS.items():
-            if architecture.endswith(ending):
-                return task_type
-    return "FEATURE_EXTRACTION"
-
-
-def load_pretrained(
-    arguments: ModelArguments, name: str, task_type: str | None, *, num_labels: int | None = None
-) -> tuple[PreTrainedModel, str]:
-    """Loads a model with the head of a task; a head that the checkpoint lacks starts at random.
-
-    Args:
-        arguments: what the user said about the model.
-        name: its folder or its name on the hub.
-        task_type: a key of `TASK_MODELS`; None for what the checkpoint was saved for.
-        num_labels: outputs of the head; None for as many as the checkpoint says.
-
-    Returns:
-        The model and its task type.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or damaged.
-        UnsupportedModelError: there is no such model, or it takes no tokens.
-    """
-    config = load_config(arguments, name)
-    task = task_type or task_type_of(config)
-    if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
-        raise UnsupportedModelError(
-            f"{name} is a {config.model_type} model, which takes no tokens, and meft verify makes batches of tokens. "
-            "Call meft.verify(model, batch) from Python with a batch of your own."
-        )
-    if num_labels is not None:
-        config.num_labels = num_labels
-    options: dict[str, Any] = {"dtype": arguments.dtype, "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
-    if arguments.attn_implementation:
-        options["attn_implementation"] = arguments.attn_implementation
-    options |= {"cache_dir": arguments.cache_dir, "revision": arguments.revision}
-    options["trust_remote_code"] = arguments.trust_remote_code
-    if Path(name).is_dir():
-        for path in sorted(Path(name).glob("*.safetensors")):
-            check_safetensors(path)
-    try:
-        with quiet_transformers():
-            model = TASK_MODELS[task].from_pretrained(name, config=config, **options)
-    except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} could not be loaded: {first_line(error)} Copy or download it again.") from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{name} is no model for {task} that Transformers {transformers.__version__} can load: "
-            f"{first_line(error)} Choose another with --task_type: {', '.join(TASK_MODELS)}."
-        ) from error
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = _pad(model.config)
-    return model, task
 
 
 def random_batch(
@@ -102,8 +29,8 @@ def random_batch(
     config = model.config.get_text_config()
     _check_length(model, seq_length)
     generator = torch.Generator().manual_seed(seed)
-    pad, end = _pad(config), _single(config.eos_token_id)
-    special = {token for token in (pad, end, _single(getattr(config, "bos_token_id", None))) if token is not None}
+    pad, end = padding_token(config), single_token(config.eos_token_id)
+    special = {token for token in (pad, end, single_token(getattr(config, "bos_token_id", None))) if token is not None}
     words = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     ids = words[torch.randint(len(words), (batch_size, seq_length), generator=generator)]
     mask = torch.ones_like(ids)
@@ -187,14 +114,3 @@ def _check_length(model: PreTrainedModel, seq_length: int) -> None:
             f"seq_length is {seq_length}, but {type(model).__name__} takes at most {limit} tokens. Give --seq_length "
             f"{limit} or less."
         )
-
-
-def _pad(config: PretrainedConfig) -> int:
-    for token in (config.pad_token_id, _single(config.eos_token_id)):
-        if token is not None:
-            return token
-    return 0
-
-
-def _single(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token
