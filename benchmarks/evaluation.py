@@ -1,4 +1,4 @@
-"""Puts what sweeps, studies and the other scripts found into docs/evaluation.md and docs/deploying.md.
+"""Puts what sweeps, studies and the other scripts found into research/evaluation.md and research/deploying.md.
 
     meft sweep glue-minilm --data_dir glue --use_cpu
     python benchmarks/evaluation.py --sweep runs/glue-minilm
@@ -19,7 +19,7 @@ from meft.storage.files import write_text
 from meft_lab.cli.sweep import TABLE_FILES
 
 HERE = Path(__file__).resolve().parent
-RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+RESULTS, RESEARCH = HERE / "results", HERE.parent / "research"
 PAGES = ("evaluation.md", "deploying.md")
 _PLACE = re.compile(r"<!-- (?P<name>[\w/-]+) -->\n.*?<!-- end of (?P=name) -->", re.DOTALL)
 _IMAGE = re.compile(r"\]\(([\w-]+\.svg)\)")
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.sweep is not None:
         take_over(arguments.sweep, RESULTS)
     for name in PAGES:
-        path = DOCS / name
+        path = RESEARCH / name
         write_text(path, fill(path.read_text(encoding="utf-8"), RESULTS))
 
 

@@ -9,7 +9,7 @@ of the same depth; every coupling in every arithmetic, `meft.verify` on real tex
 keeps for the backward pass. `times`: a forward and backward pass with 24 layers x 512 on 256 tokens, exact against
 float arithmetic and against LoRA with gradient checkpointing. Only ratios within a run mean anything.
 
-Writes benchmarks/results/exactness.json, .md and .svg, and puts the tables into docs/exactness.md.
+Writes benchmarks/results/exactness.json, .md and .svg, and puts the tables into research/exactness.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from meft.verification import verify
 from meft.verification.figure import error_against_depth
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "exactness.md"
+RESULTS, PAGE = HERE / "results", HERE.parent / "research" / "exactness.md"
 FIGURES = PAGE.parent / "figures"
 COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
 ARITHMETICS = {

@@ -1,4 +1,4 @@
-"""The tables of `exactness.py`, for its own Markdown file and for docs/exactness.md."""
+"""The tables of `exactness.py`, for its own Markdown file and for research/exactness.md."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ rounds of alternating steps, of the ratios within a round; only these ratios mea
 little: the result names its load.
 
 Writes benchmarks.json, benchmarks.md and figures (SVG) to benchmarks/results, and puts the tables into
-docs/benchmarks.md. With --quick or --output they go to another folder, and the page stays as it is.
+research/benchmarks.md. With --quick or --output they go to another folder, and the page stays as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from meft.storage.files import read_json, write_json, write_text
 from meft.storage.results import hardware, now, versions
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+RESULTS, PAGE = HERE / "results", HERE.parent / "research" / "benchmarks.md"
 NAME = "benchmarks"
 
 

@@ -1,4 +1,4 @@
-"""The tables of `run.py`: for its own Markdown file and for docs/benchmarks.md, all computed from its numbers."""
+"""The tables of `run.py`: for its own Markdown file and for research/benchmarks.md, all computed from its numbers."""
 
 from __future__ import annotations
 

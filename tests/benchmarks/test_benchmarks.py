@@ -206,7 +206,7 @@ def test_the_bar_counts_what_is_run(bench: dict[str, ModuleType], part: str, mea
 
 
 def test_the_page_takes_every_part(bench: dict[str, ModuleType], measured: dict[str, Any]) -> None:
-    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    page = (BENCHMARKS.parent / "research" / "benchmarks.md").read_text()
     filled = bench["tables"].put_into_page(page, measured)
     for part in PARTS:
         assert bench["tables"].section(part, measured) in filled

@@ -40,8 +40,8 @@ def test_missing_results_are_named(script: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_pages_say_what_the_results_say(script: ModuleType) -> None:
-    docs = script.RESULTS.parent.parent / "docs"
+    research = script.RESULTS.parent.parent / "research"
     for name in ("evaluation.md", "deploying.md"):
-        page = (docs / name).read_text(encoding="utf-8")
+        page = (research / name).read_text(encoding="utf-8")
         assert script.fill(page, script.RESULTS) == page
         assert "<!-- end of " in page

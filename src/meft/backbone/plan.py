@@ -13,7 +13,7 @@ ARITHMETICS = ("exact", "float")
 BACKWARDS = ("reversible", "cached")
 
 # Below this many tokens tiles save little and cost time. A quarter of the tokens at once takes a feed-forward below the
-# attention in memory, and more tiles would only cost time (docs/log.md).
+# attention in memory, and more tiles would only cost time (research/log.md).
 _TILED_FROM, _TILES = 1024, 4
 
 
