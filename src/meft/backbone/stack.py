@@ -60,6 +60,15 @@ class ReversibleStack:
         """Whether the call at this position of a forward pass, from 0, is to be rebuilt."""
         return self.plan.reversible and position < self.depth - self.plan.cached_layers
 
+    def upcoming(self, index: int) -> int:
+        """The position that a call of the layer at `index` is about to take in the forward pass of this thread."""
+        first = self.plan.frozen_layers
+        tape = self._running.get(threading.get_ident())
+        position = first if tape is None else first + tape.position
+        if index < first or position >= self.depth or self.order[position] != index:
+            return self.order.index(index)
+        return position
+
     def as_deployed(self) -> bool:
         """Whether the layers are to run as the plain model's: random signs are drawn in training only."""
         coupling = self.plan.coupling

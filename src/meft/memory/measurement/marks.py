@@ -131,7 +131,7 @@ def _is_reversible(layer: nn.Module) -> bool:
     return (
         placement is not None
         and placement.reversible_stack.plan.coupling is not None
-        and placement.reversible_stack.reversible(placement.index)
+        and placement.reversible_stack.reversible(placement.reversible_stack.upcoming(placement.index))
     )
 
 
