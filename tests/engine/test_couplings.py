@@ -84,7 +84,10 @@ def test_inverse_of_forward_in_both_arithmetics(name: str) -> None:
         ({"coupling": "meft1", "lam": 0.3}, r"lam=0.3 has no integer inverse .* lam=1/3 .* lam=1/4"),
         ({"coupling": "meft1", "arithmetic": "fixed"}, r"arithmetic='fixed' is unknown. Valid: 'exact', 'float'"),
         ({"coupling": "meft1", "backward": "yes"}, r"backward='yes' is unknown"),
-        ({"coupling": "meft1", "fraction_bits": 3}, r"fraction_bits=3 is out of range. Valid: an integer, 4 to 24"),
+        (
+            {"coupling": "meft1", "fraction_bits": 3},
+            r"fraction_bits=3 is out of range. Valid: 'auto', or an integer, 4 to 24",
+        ),
         ({"coupling": "meft1", "fraction_bits": 25}, r"fraction_bits=25 is out of range"),
         ({"coupling": "meft1", "fraction_bits": 16.0}, r"fraction_bits=16.0 is a float"),
         ({"coupling": "meft1", "frozen_layers": -1}, r"frozen_layers=-1 is out of range. Valid: .*at least 0"),

@@ -37,7 +37,7 @@ def make_reversible(
     output: OutputRule | None = None,
     arithmetic: str = "exact",
     backward: str = "reversible",
-    fraction_bits: int = 16,
+    fraction_bits: int | str = "auto",
     frozen_layers: int = 0,
     cached_layers: int = 0,
     drift_tolerance: float = 1e-2,
@@ -65,7 +65,7 @@ def make_reversible(
         output: how the last streams are read; None for the coupling's own.
         arithmetic: "exact" rebuilds activations bit for bit; "float" does not.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
-        fraction_bits: binary places of exact streams, 4 to 24.
+        fraction_bits: binary places of exact streams: "auto" follows the hidden state that enters, 4 to 24 fixes them.
         frozen_layers: lowest layers of each stack that run without any backward pass; their parameters are set not
             to require gradients until `restore`.
         cached_layers: highest layers of each stack that keep their activations.

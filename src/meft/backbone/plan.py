@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from meft.engine.arithmetic import MAX_FRACTION_BITS, MIN_FRACTION_BITS, Arithmetic, FixedPoint, FloatArithmetic
+from meft.engine.arithmetic import (
+    MAX_FRACTION_BITS,
+    MIN_FRACTION_BITS,
+    Arithmetic,
+    AutomaticGrid,
+    FixedPoint,
+    FloatArithmetic,
+)
 from meft.engine.couplings import Coupling, OutputRule, make_coupling
 from meft.errors import ConfigError
 
@@ -54,7 +61,7 @@ class Plan:
         output: OutputRule | None = None,
         arithmetic: str = "exact",
         backward: str = "reversible",
-        fraction_bits: int = 16,
+        fraction_bits: int | str = "auto",
         frozen_layers: int = 0,
         cached_layers: int = 0,
         drift_tolerance: float = 1e-2,
@@ -71,7 +78,8 @@ class Plan:
         """
         check_choice("arithmetic", arithmetic, ARITHMETICS)
         check_choice("backward", backward, BACKWARDS)
-        check_integer("fraction_bits", fraction_bits, MIN_FRACTION_BITS, MAX_FRACTION_BITS)
+        if fraction_bits != "auto":
+            check_integer("fraction_bits", fraction_bits, MIN_FRACTION_BITS, MAX_FRACTION_BITS, other="auto")
         check_integer("frozen_layers", frozen_layers, 0)
         check_integer("cached_layers", cached_layers, 0)
         if anchor_every is not None:
@@ -82,7 +90,9 @@ class Plan:
             raise ConfigError(
                 f"drift_tolerance={drift_tolerance!r} is no relative error. Valid: a number from 0 up. Use 1e-2, say."
             )
-        numbers: Arithmetic = FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()
+        numbers: Arithmetic = FloatArithmetic()
+        if arithmetic == "exact":
+            numbers = FixedPoint(fraction_bits) if isinstance(fraction_bits, int) else AutomaticGrid()
         steps = None
         if coupling is not None:
             steps = make_coupling(
@@ -136,11 +146,17 @@ def _options(plan: Plan) -> dict[str, Any]:
     known = {
         "arithmetic": "exact" if plan.arithmetic.exact else "float",
         "backward": "reversible" if plan.reversible else "cached",
-        "fraction_bits": getattr(plan.arithmetic, "fraction_bits", None),
+        "fraction_bits": _fraction_bits(plan.arithmetic),
         **{name: getattr(plan, name) for name in ("frozen_layers", "cached_layers", "drift_tolerance")},
         **{name: getattr(plan, name) for name in ("anchor_every", "feedforward_module", "tile_size")},
     }
     return known if coupling is None else {"coupling": coupling.name, **coupling.options(), **known}
+
+
+def _fraction_bits(arithmetic: Arithmetic) -> int | str | None:
+    if isinstance(arithmetic, AutomaticGrid):
+        return "auto"
+    return arithmetic.fraction_bits if isinstance(arithmetic, FixedPoint) else None  # type: ignore[return-value]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -149,10 +165,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown. Valid: {', '.join(map(repr, choices))}. Choose one of these.")
 
 
-def check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
-    """Raises ConfigError if an option is no integer of its range."""
+def check_integer(name: str, value: Any, lowest: int, highest: int | None = None, *, other: str | None = None) -> None:
+    """Raises ConfigError if an option is no integer of its range; `other` is a word that is valid besides."""
     bounded = f"{lowest} to {highest}" if highest is not None else f"at least {lowest}"
+    valid = f"an integer, {bounded}" if other is None else f"{other!r}, or an integer, {bounded}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. Valid: an integer, {bounded}.")
+        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. Valid: {valid}.")
     if value < lowest or (highest is not None and value > highest):
-        raise ConfigError(f"{name}={value} is out of range. Valid: an integer, {bounded}.")
+        raise ConfigError(f"{name}={value} is out of range. Valid: {valid}.")

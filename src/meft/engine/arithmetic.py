@@ -5,19 +5,23 @@ A coupling step is y = factor * x + f. `couple` computes it and returns what the
 without touching them.
 
 `FloatArithmetic` keeps streams in the model's dtype and divides to invert: every inversion multiplies the rounding
-error by 1/factor. `FixedPoint` keeps streams as int32 numbers X = round(x * 2**p). With factor = 1/m,
+error by 1/factor. `FixedPoint` keeps streams as integers X = round(x * 2**p). With factor = 1/m,
 
     r = X mod m                    (0 <= r < m: kept, packed)
     Y = X div m + Q(f)             (floor division; Q rounds to the grid)
     X = (Y - Q(f)) * m + r         (exact)
 
 so that the inverse gives back every bit (Maclaurin et al. 2015, arXiv 1502.03492).
+
+Which p fits depends on the model: a hidden state that enters with an rms of 0.1 may reach 10**5 within the stack.
+`AutomaticGrid` takes it from the hidden state that enters, once a forward pass, on the device, and hands out the
+`FixedPoint` of that pass; it has 32 bits where hidden states have 16, and 64 where they have more.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -28,8 +32,14 @@ from meft.errors import ConfigError
 from .residues import MAX_DIVISOR, bits_for, pack, unpack
 from .tiles import packed_slab, slabs
 
-INT32_LIMIT = 2**31
 MIN_FRACTION_BITS, MAX_FRACTION_BITS = 4, 24
+
+# Binary places below the rms of what enters. bfloat16 has 8 bits and float16 has 11, so that 10 below the rms lose
+# nothing there; 32-bit streams then hold 2**20 times the rms. More precise ones take 64 bits.
+_BELOW_RMS = {torch.bfloat16: 10, torch.float16: 10, torch.float32: 24, torch.float64: 40}
+_RANGE = {torch.int32: 31, torch.int64: 63}
+_FLOAT_EXPONENTS = 126
+"""Powers of two from 2**-126 to 2**126 are normal float32 numbers, and so are their inverses."""
 
 
 @dataclass
@@ -55,8 +65,16 @@ class Arithmetic(Protocol):
     def exact(self) -> bool:
         """Whether `uncouple` gives back every bit."""
 
+    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> Arithmetic:
+        """The arithmetic of one forward pass.
+
+        Args:
+            hidden: what enters the stack.
+            rebuilt: a backward pass will come. Without one streams have room for whatever the model computes.
+        """
+
     @property
-    def limit(self) -> float:
+    def limit(self) -> Tensor | float:
         """Magnitude of a hidden state that a stream can no longer hold."""
 
     def encode(self, hidden: Tensor) -> Tensor:
@@ -87,6 +105,9 @@ class FloatArithmetic:
     exact: bool = False
     limit: float = math.inf
 
+    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FloatArithmetic:
+        return self
+
     def encode(self, hidden: Tensor) -> Tensor:
         return hidden
 
@@ -116,23 +137,33 @@ class FloatArithmetic:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Streams as int32 fixed-point numbers with `fraction_bits` binary places; inversion is exact.
+    """Streams as fixed-point numbers with `fraction_bits` binary places; inversion is exact.
 
-    The range is +-2**(31 - fraction_bits), the step 2**-fraction_bits: +-32768 and 1.5e-5 for 16.
+    Of 32 bits, the range is +-2**(31 - fraction_bits), the step 2**-fraction_bits: +-32768 and 1.5e-5 for 16.
+
+    Attributes:
+        fraction_bits: an integer, or one in a zero-dimensional int32 tensor on the streams' device.
+        dtype: of the streams, int32 or int64.
+        automatic: whether the binary places were taken from the input.
     """
 
-    fraction_bits: int = 16
+    fraction_bits: int | Tensor = 16
+    dtype: torch.dtype = torch.int32
+    automatic: bool = False
     exact: bool = True
 
+    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FixedPoint:
+        return self if rebuilt else replace(self, dtype=torch.int64)
+
     @property
-    def limit(self) -> float:
-        return float(INT32_LIMIT >> self.fraction_bits)
+    def limit(self) -> Tensor | float:
+        return _power_of_two(_RANGE[self.dtype] - self.fraction_bits)
 
     def encode(self, hidden: Tensor) -> Tensor:
         return self._quantise(hidden).contiguous()
 
     def decode(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
-        return stream.to(_working_dtype(dtype)).mul_(2.0**-self.fraction_bits).to(dtype)
+        return stream.to(_working_dtype(dtype)).mul_(_power_of_two(-self.fraction_bits)).to(dtype)
 
     def couple(self, x: Tensor, f: Tensor | None, factor: float) -> Coupled:
         divisor = _divisor(factor)
@@ -153,11 +184,11 @@ class FixedPoint:
             # The float sum does not wrap around, so it tells what the integer sum should have been.
             lowest, highest = scaled.to(units.dtype).add_(units).aminmax()
             peaks += [lowest.neg(), highest]
-            torch.add(scaled, units.round_().to(torch.int32), out=y_flat[slab])
+            torch.add(scaled, units.round_().to(self.dtype), out=y_flat[slab])
         if f is None:
             return Coupled(y, _joined(residues))
         largest = torch.stack(peaks).amax() if peaks else y.new_zeros(())
-        return Coupled(y, _joined(residues), largest.to(torch.float32) * 2.0**-self.fraction_bits)
+        return Coupled(y, _joined(residues), largest.to(torch.float32) * _power_of_two(-self.fraction_bits))
 
     def uncouple(
         self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
@@ -193,18 +224,20 @@ class FixedPoint:
             )
 
     def overflow_advice(self, magnitude: float, expected: float, reach: float) -> str:
-        held = (
-            f"The largest magnitude is {magnitude:.6g}; fraction_bits={self.fraction_bits} holds magnitudes below "
-            f"{reach:g}."
-        )
+        named = "auto" if self.automatic else self.fraction_bits
+        held = f"The largest magnitude is {magnitude:.6g}; fraction_bits={named!r} holds magnitudes below {reach:g}."
         if not math.isfinite(magnitude):
             return (
                 f"{held} The model itself overflows its dtype, or diverges: lower the learning rate, or use bfloat16 "
                 "or float32."
             )
+        if not self.automatic:
+            held += ' fraction_bits="auto" follows the model.'
         grown = f" (up to {expected:.3g} is expected in the layers above)" if expected > magnitude else ""
-        bits = self.fraction_bits - max(0, math.floor(math.log2(expected / reach)) + 1)
-        if bits < MIN_FRACTION_BITS:
+        # Streams of 32 bits: a fixed grid has no others where there is a backward pass. `reach` knows what is halved.
+        held_by_one = reach * _power_of_two(self.fraction_bits) if isinstance(self.fraction_bits, int) else 2.0**30
+        bits = math.ceil(math.log2(held_by_one / expected)) - 1
+        if not MIN_FRACTION_BITS <= bits <= MAX_FRACTION_BITS:
             return (
                 f"{held} No fraction_bits from {MIN_FRACTION_BITS} would fit{grown}: use smaller factors, "
                 'coupling="momentum", fewer coupled layers, or arithmetic="float".'
@@ -212,11 +245,56 @@ class FixedPoint:
         return f"{held} fraction_bits={bits} would fit{grown}; smaller factors keep hidden states smaller."
 
     def _quantise(self, values: Tensor) -> Tensor:
-        return self._units(values).round_().to(torch.int32)
+        return self._units(values).round_().to(self.dtype)
 
     def _units(self, values: Tensor) -> Tensor:
         """Values in units of the grid, not rounded yet."""
-        return values.detach().to(_working_dtype(values.dtype)) * 2.0**self.fraction_bits
+        return values.detach().to(_working_dtype(values.dtype)) * _power_of_two(self.fraction_bits)
+
+
+@dataclass(frozen=True)
+class AutomaticGrid(FixedPoint):
+    """Takes the binary places of a forward pass from the rms of what enters: 2**(floor(log2(rms)) - s) is the step.
+
+    s is 10 for hidden states of 16 bits, 24 for float32 and 40 for float64, and streams have 32 bits for the first and
+    64 for the others. The step is a power of two and a function of the input alone, computed on its device without a
+    synchronisation. An input without elements, of zeros, or with elements that are not finite counts as one of rms 1.
+    """
+
+    automatic: bool = True
+
+    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FixedPoint:
+        below = _BELOW_RMS[hidden.dtype]
+        narrow = rebuilt and hidden.element_size() == 2
+        return FixedPoint(below - _exponent(hidden), torch.int32 if narrow else torch.int64, automatic=True)
+
+
+def _exponent(hidden: Tensor) -> Tensor:
+    """floor(log2(rms)) of a tensor as a zero-dimensional int32 tensor; 0 where there is no such number."""
+    values = hidden.detach()
+    if not values.numel():
+        return torch.zeros((), dtype=torch.int32, device=values.device)
+    largest, rms = norm(values, math.inf), norm(values) * values.numel() ** -0.5
+    # Squares of very large and very small values leave float32; the largest value tells as much there.
+    rms = torch.where((rms > 1e-18) & (rms < 1e18), rms, largest)
+    # The exponent as IEEE 754 stores it: exact on every device, which logarithms are not.
+    exponent = (rms.view(torch.int32) >> 23) - 127
+    usable = (largest > 0) & (largest < math.inf)
+    bound = _FLOAT_EXPONENTS - max(_BELOW_RMS.values())
+    return torch.where(usable, exponent, 0).clamp(-bound, bound)
+
+
+def norm(values: Tensor, order: float = 2.0) -> Tensor:
+    """A norm of all elements in float32, without a copy of them: the largest magnitude where the order is infinite."""
+    wide = values.dtype == torch.float64
+    return torch.linalg.vector_norm(values, order, dtype=None if wide else torch.float32).to(torch.float32)
+
+
+def _power_of_two(exponent: int | Tensor) -> float | Tensor:
+    """2**exponent, exactly; a tensor of exponents within +-126 gives one of float32."""
+    if isinstance(exponent, Tensor):
+        return ((exponent + 127) << 23).view(torch.float32)
+    return 2.0**exponent
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -233,10 +311,15 @@ def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     bits = bits_for(divisor)
     if divisor == 1 << bits:
         return x >> bits, pack(x & (divisor - 1), bits)
-    # Exact, since a quotient of 32-bit integers is nearer to another integer than float64 rounds only if it is one; the
-    # division of integers takes several times as long.
-    quotient = x.to(torch.float64).div_(divisor).floor_().to(torch.int32)
-    return quotient, pack(x.sub(quotient, alpha=divisor), bits)
+    if x.dtype == torch.int64:
+        quotient = torch.div(x, divisor, rounding_mode="floor")
+        return quotient, pack(x.sub(quotient, alpha=divisor), bits)
+    # A first quotient in float32 is off by a few hundred at most, so that its remainder is small enough for a second
+    # one to be exact; the division of integers takes several times as long, and float64 is not everywhere.
+    quotient = x.to(torch.float32).div_(divisor).floor_().to(torch.int32)
+    remainder = x.sub(quotient, alpha=divisor)
+    rest = remainder.to(torch.float32).div_(divisor).floor_().to(torch.int32)
+    return quotient.add_(rest), pack(remainder.sub_(rest, alpha=divisor), bits)
 
 
 def _joined(residues: list[Tensor]) -> Tensor | None:

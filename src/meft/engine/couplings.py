@@ -176,7 +176,7 @@ class Coupling:
         for name, step in zip(_factor_names(self.name), self.steps, strict=False):
             arithmetic.check_factor(name, step.factor)
 
-    def reach(self, arithmetic: Arithmetic) -> float:
+    def reach(self, arithmetic: Arithmetic) -> Tensor | float:
         """Largest magnitude of a hidden state before a stream, or a difference of streams, overflows."""
         return arithmetic.limit / 2 if any(step.difference for step in self.steps) else arithmetic.limit
 

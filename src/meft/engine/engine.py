@@ -143,8 +143,7 @@ def finish(tape: Tape) -> Tensor:
     """
     output = readout(tape)
     tape.abandon()
-    tape.check_magnitudes()
-    return output
+    return tape.checked(output)
 
 
 def _run_reversible(tape: Tape, layer: LayerCall, handles: Handles, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError
 
-from .arithmetic import Arithmetic
+from .arithmetic import Arithmetic, FixedPoint, norm
 from .couplings import Coupling, Streams
 from .replay import on_fake_tensors
 
@@ -90,6 +90,7 @@ class Tape:
         anchor_every: keep the streams below every so many layers and restart the reconstruction there, for kernels
             that are not deterministic; None for never.
         name: what error messages call the stack.
+        rebuilt: whether a backward pass is to come.
     """
 
     def __init__(
@@ -101,20 +102,22 @@ class Tape:
         drift_tolerance: float = 1e-2,
         anchor_every: int | None = None,
         name: str = "the stack",
+        rebuilt: bool = True,
     ) -> None:
-        self.coupling, self.arithmetic = coupling, arithmetic
+        self.coupling, self.arithmetic = coupling, arithmetic.fitted(hidden, rebuilt=rebuilt)
+        self.rebuilt = rebuilt
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
         # The backward pass may run in another thread, which has no context variables of this one.
         self.observer, self.drift_listener = _OBSERVER.get(), _DRIFT.get()
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
-        stream = arithmetic.encode(hidden.detach())
+        stream = self.arithmetic.encode(hidden.detach())
         self.streams: Streams | None = (stream, stream)
         self.handles: Handles | None = (hidden, hidden)
         self.kept: Streams | None = None
         self.position = self.level = 0
         self.magnitudes: list[tuple[int, Tensor]] = []
-        if arithmetic.limit < float("inf") and hidden.numel():
-            self.watch(hidden.detach().abs().amax())
+        if arithmetic.exact and hidden.numel():
+            self.watch(norm(hidden.detach(), math.inf))
         self.visible: Tensor | None = None
         self.show(hidden)
         self._shared = self.observer is not None or anchor_every is not None
@@ -162,24 +165,48 @@ class Tape:
             )
         return self.handles
 
+    def checked(self, output: Tensor) -> Tensor:
+        """Looks after streams that overflowed, at the end of a forward pass.
+
+        Where a backward pass is to come it is an error: at once on a grid of the user's own; before the backward pass
+        on the automatic one, which all but never overflows, so that the forward pass waits for nothing. In evaluation
+        it is none: what 64 bits do not hold is as good as infinite, and becomes NaN as in a model that overflows.
+
+        Returns:
+            `output`, or NaN in its place.
+
+        Raises:
+            StreamOverflowError: a hidden state was too large or not finite.
+        """
+        if on_fake_tensors():
+            self.magnitudes.clear()
+        if self.magnitudes and not self.rebuilt:
+            reach = self.coupling.reach(self.arithmetic)
+            fits = (torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes]) < reach).all()
+            self.magnitudes.clear()
+            return torch.where(fits, output, math.nan)
+        if self.kept is None or not isinstance(self.arithmetic, FixedPoint) or not self.arithmetic.automatic:
+            self.check_magnitudes()
+        return output
+
     def check_magnitudes(self) -> None:
-        """Looks at every layer's largest magnitude at once: the only synchronisation of a forward pass.
+        """Looks at every layer's largest magnitude at once: the only synchronisation of a step.
 
         Raises:
             StreamOverflowError: one of them is too large or not finite.
         """
-        if on_fake_tensors():
-            self.magnitudes.clear()
         if not self.magnitudes:
             return
-        values = torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes]).tolist()
+        reach = self.coupling.reach(self.arithmetic)
+        reached = reach if isinstance(reach, Tensor) else torch.tensor(reach, device=self.device)
+        found = [value.to(self.device, torch.float32) for _, value in self.magnitudes]
+        *values, reach = torch.stack([*found, reached]).tolist()
         peaks: dict[int, float] = {}
         for (layer, _), value in zip(self.magnitudes, values, strict=True):
             before = peaks.get(layer, 0.0)
             # Unlike `max`, keeps a NaN that comes second as well as one that comes first.
             peaks[layer] = before if before != before or before > value else value
         self.magnitudes.clear()
-        reach = self.coupling.reach(self.arithmetic)
         bad = [layer for layer, peak in peaks.items() if not peak < reach]
         if bad:
             raise StreamOverflowError(
@@ -211,6 +238,7 @@ class Tape:
                 "of backward() on one forward pass do not fit that. Add the losses up and call backward() once, run "
                 'the forward pass again, or use backward="cached".'
             )
+        self.check_magnitudes()
         kept, self.kept = self.kept, None
         return kept
 

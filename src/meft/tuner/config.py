@@ -40,7 +40,8 @@ class MeftConfig(PeftConfig):
             coupling's own.
         arithmetic: "exact" rebuilds activations bit for bit; "float" divides, and loses precision in each layer.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
-        fraction_bits: binary places of exact streams, 4 to 24: hidden states in +-2**(31 - fraction_bits).
+        fraction_bits: binary places of exact streams: "auto" follows the hidden state that enters; 4 to 24 holds hidden
+            states in +-2**(31 - fraction_bits).
         frozen_layers: lowest layers of each stack, without adapters and without any backward pass.
         cached_layers: highest layers of each stack, with stored activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
@@ -71,7 +72,7 @@ class MeftConfig(PeftConfig):
     output: Any = field(default=None, metadata={"help": 'mean, newest, or ["sum", s].'})
     arithmetic: str = field(default="exact", metadata={"help": "exact or float."})
     backward: str = field(default="reversible", metadata={"help": "reversible or cached."})
-    fraction_bits: int = field(default=16, metadata={"help": "Binary places of exact streams, 4 to 24."})
+    fraction_bits: int | str = field(default="auto", metadata={"help": "Binary places of exact streams, or auto."})
     frozen_layers: int = field(default=0, metadata={"help": "Lowest layers without adapters and backward pass."})
     cached_layers: int = field(default=0, metadata={"help": "Highest layers with stored activations."})
     drift_tolerance: float = field(default=1e-2, metadata={"help": "Relative error past which float warns."})
