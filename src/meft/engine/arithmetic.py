@@ -291,9 +291,9 @@ def norm(values: Tensor, order: float = 2.0) -> Tensor:
 
 
 def _power_of_two(exponent: int | Tensor) -> float | Tensor:
-    """2**exponent, exactly; a tensor of exponents within +-126 gives one of float32."""
+    """2**exponent, exactly; a tensor of exponents gives one of float32, and 2**126 for what is larger."""
     if isinstance(exponent, Tensor):
-        return ((exponent + 127) << 23).view(torch.float32)
+        return ((exponent.clamp(max=_FLOAT_EXPONENTS) + 127) << 23).view(torch.float32)
     return 2.0**exponent
 
 
