@@ -67,8 +67,6 @@ def test_division_is_the_floor_at_the_ends_of_the_range(divisor: int) -> None:
     multiples = drawn // divisor * divisor
     numbers = torch.cat([ends, drawn, multiples, multiples - 1]).clamp(-(2**31), 2**31 - 1)
     arithmetic = FixedPoint(16)
-    )
-    arithmetic = FixedPoint(16)
     coupled = arithmetic.couple(numbers.to(torch.int32), None, 1 / divisor)
     assert torch.equal(coupled.stream.long(), torch.div(numbers, divisor, rounding_mode="floor"))
     assert torch.equal(arithmetic.uncouple(coupled.stream, None, 1 / divisor, coupled.residue).long(), numbers)
