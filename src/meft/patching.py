@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -75,9 +76,29 @@ class Patched:
 
 
 def wraps(function: Any, other: Callable[..., Any]) -> bool:
-    """Tells whether a function says that it stands around another, as `functools.wraps` lets it."""
-    while function is not None:
-        if function == other:
+    """Tells whether a function stands around another: it wraps it, closes over it, or has it as a fixed argument."""
+    pending, seen = [function], 0
+    while pending and seen < 100:
+        present = pending.pop()
+        seen += 1
+        if present == other:
             return True
-        function = getattr(function, "__wrapped__", None)
+        pending += [getattr(present, name) for name in ("__wrapped__", "__func__", "func") if hasattr(present, name)]
+        pending += [value for value in (*_cells(present), *_fixed(present)) if callable(value)]
     return False
+
+
+def _cells(function: Any) -> list[Any]:
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return found
+
+
+def _fixed(function: Any) -> list[Any]:
+    if isinstance(function, partial):
+        return [*function.args, *function.keywords.values()]
+    return list(getattr(function, "__defaults__", None) or ())

@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from meft.engine.engine import Function
 from meft.errors import UnsupportedModelError
 
 from .architectures.base import parameter_names
+
+logger = logging.get_logger(__name__)
 
 Block = Callable[..., Any]
 """(hidden state, args, kwargs) -> what the layer returns: a hidden state, or a tuple or list that begins with one."""
@@ -192,6 +195,9 @@ def without_cache(
                 f"{name} was called in training with {key} holding {int(length)} tokens (prefix tuning, or a cache "
                 "from a generation). A rebuilt layer would read another cache than the original. Train without a cache."
             )
+    logger.warning_once(
+        "A key-value cache is of no use in training with reversible layers: use_cache was switched off."
+    )
     changed: dict[str, Any] = dict.fromkeys(caches)
     if "use_cache" in given:
         changed["use_cache"] = False

@@ -77,10 +77,6 @@ class ReversibleLayer(nn.Module):
         """Where the layer stands and with which adapters; None runs the pretrained layer as it is."""
         return self._placement
 
-    def train(self, mode: bool = True) -> ReversibleLayer:
-        self.pretrained.training = mode
-        return super().train(mode)
-
     def __getattr__(self, name: str) -> Any:
         """Some models read attributes of their layers in the loop; the pretrained layer has them."""
         try:
@@ -96,6 +92,8 @@ class ReversibleLayer(nn.Module):
             self._set_forward(value)
         elif self._is_own(name):
             super().__setattr__(name, value)
+            if name == "training" and self._stands_in():
+                self.pretrained.training = value
         else:
             setattr(self.pretrained, name, value)
 
@@ -117,9 +115,9 @@ class ReversibleLayer(nn.Module):
         return "pretrained" in self.__dict__ or "base_layer" in self.__dict__.get("_modules", ())
 
     def _set_forward(self, forward: Callable[..., Any]) -> None:
-        """Replaces what the layer computes; one that goes on to this wrapper's own stands around it instead.
+        """Replaces what the layer computes; what goes on to this wrapper's own stands around it instead.
 
-        Accelerate's hooks are such: `forward.__wrapped__` is what was there before.
+        Accelerate's hooks are such, and code that changes what the model's loop hands to the layer.
         """
         own = type(self).forward.__get__(self)
         if forward == own:
@@ -217,7 +215,7 @@ class ReversibleLayer(nn.Module):
         self,
         placement: Placement,
         compiler: Compiler | None,
-        modules: Sequence[nn.Module],
+        modules: tuple[nn.Module, ...],
         hidden: Tensor,
         args: tuple,
         kwargs: dict[str, Any],
@@ -268,7 +266,7 @@ class ReversibleLayer(nn.Module):
         call: CallArguments,
         hidden: Tensor,
         compiler: Compiler | None,
-        modules: Sequence[nn.Module],
+        modules: tuple[nn.Module, ...],
         *,
         vet: bool,
     ) -> LayerCall:

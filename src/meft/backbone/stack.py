@@ -160,23 +160,20 @@ class ReversibleStack:
             self.layers[index] = inside(self.layers[index])
 
     def hear_cache(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook on the model that was passed in: says once that a cache the caller asks for stays empty.
+        """A forward pre-hook on the model that was passed in: says once that a cache the caller passes stays empty.
 
-        One that a model makes for itself, because its configuration says use_cache, is left out without a word.
+        One that a model makes for itself, because its configuration says use_cache, is left out without a warning.
         """
-        if torch.compiler.is_compiling():
-            return
-        asked = [name for name in ("past_key_values", "use_cache") if kwargs.get(name) not in (None, False)]
-        if not asked or not torch.is_grad_enabled() or not self.in_training():
-            return
         cache = kwargs.get("past_key_values")
+        if cache is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.in_training():
+            return
         # A filled one is refused by the first layer.
-        filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else cache is not None
+        filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else True
         if not filled and self._first("cache"):
             warnings.warn(
-                f"A key-value cache is of no use in training with reversible layers: {' and '.join(asked)} was set "
-                f"aside in {type(model).__name__}, and the cache stays empty. Leave it out in training, or call the "
-                "model under torch.no_grad() or in evaluation to fill one.",
+                "A key-value cache is of no use in training with reversible layers: the past_key_values passed to "
+                f"{type(model).__name__} are set aside and stay empty. Leave them out in training, or call the model "
+                "under torch.no_grad() to fill them.",
                 MeftWarning,
                 stacklevel=2,
             )

@@ -285,7 +285,8 @@ def _undo_step(
         source: Tensor | None = None
         values: tuple[Tensor, ...] = ()
         if snapshot is not None:
-            with torch.enable_grad(), private_graph(), snapshot.replayed(drawn):
+            disturbed = tape.note_disturbance if index == len(parts) - 1 else None
+            with torch.enable_grad(), private_graph(), snapshot.replayed(drawn, disturbed):
                 source, values = _run(tape, layer, step, tile, outside)
             programs += programs_of(values) if layer.compiled else ()
         # Edges of the graph instead of its outputs: what the function returned is not needed once it is subtracted.

@@ -118,6 +118,8 @@ class Tape:
         self.visible: Tensor | None = None
         self.show(hidden)
         self._shared = self.observer is not None or anchor_every is not None
+        # Whether somebody else drew random numbers while a layer did.
+        self.disturbed = False
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -238,6 +240,10 @@ class Tape:
         layer, step = divmod(level, len(self.coupling.steps))
         return self.anchor_every is not None and step == 0 and layer > 0 and layer % self.anchor_every == 0
 
+    def note_disturbance(self) -> None:
+        """Notes, for the message if anything is amiss, that a layer's random numbers may not be those it had."""
+        self.disturbed = True
+
     def leave_inputs(self, level: int, streams: Streams, anchor: Streams | None, *, last: bool) -> None:
         """Takes back the streams above `level` steps that a node rebuilt.
 
@@ -299,6 +305,15 @@ def _expected(peaks: dict[int, float], first: int) -> float:
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
     differing = int((x1 != x2).sum())
     largest = float((tape.arithmetic.decode(x1, torch.float64) - tape.arithmetic.decode(x2, torch.float64)).abs().max())
+    if tape.disturbed:
+        return (
+            f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up "
+            f"to {largest:.3g}. While one of its layers drew random numbers (dropout), something else drew from the "
+            "same generator: PyTorch has one for all threads of a process, and a layer that is rebuilt must get the "
+            "numbers again that it had. Run the forward and backward passes of different threads one after the other "
+            "(a threading.Lock around them), switch dropout off, or give each thread a process of its own. This step's "
+            "gradients were not applied."
+        )
     return (
         f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up to "
         f"{largest:.3g}. A layer returned other values in the recomputation than in the forward pass; the likely cause "
