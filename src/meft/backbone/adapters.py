@@ -152,6 +152,11 @@ class _Awaited(TorchFunctionMode):
         looks = getattr(func, "__name__", "") == "__get__" or func in _LOOKS
         if self.output is None or looks or not any(map(self._is_it, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
+        if func in _VIEWS:
+            # Hooks on the gradient of a module's output make an alias of it.
+            alias = func(*args, **kwargs)
+            if self._is_it(alias):
+                return alias
         added = self.addend()
         if func in _DROPOUTS:
             result = func(*args, **kwargs)
@@ -162,7 +167,6 @@ class _Awaited(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_it(self, value: Any) -> bool:
-        """Hooks on the gradient of a module's output hand on an alias."""
         output = self.output
         if value is output:
             return True
@@ -172,6 +176,7 @@ class _Awaited(TorchFunctionMode):
 
 
 _DROPOUTS = (nn.functional.dropout, torch.dropout, torch.native_dropout)
+_VIEWS = (Tensor.view_as, Tensor.view, Tensor.contiguous)
 _LOOKS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.register_hook)
 
 
