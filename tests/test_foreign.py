@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 import meft
+from meft.engine.replay import of_one_call
 from meft.errors import UnsupportedModelError
 from support import models
 from support.peft_helpers import adapted, assert_close, assert_equal, batch_of, gradients, llama, taken
@@ -143,6 +144,32 @@ def test_methods_that_use_hooks_for_the_time_of_a_call(make: Any) -> None:
         return taken(model)
 
     assert_equal(found("reversible"), found("cached"))
+
+
+def test_hooks_of_another_threads_call_are_neither_recorded_nor_taken_off() -> None:
+    """They place adapters for the time of one call, on modules that all threads share."""
+    model, seen = meft.make_reversible(llama()), []
+    module = model.model.layers[1].mlp
+    expected = gradients(model, WORDS)
+
+    @of_one_call
+    def passing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(len(seen))
+        return output
+
+    handle = module.register_forward_hook(passing)
+    loss = model(**WORDS).loss
+    handle.remove()
+    loss.backward()
+    assert_equal(taken(model), expected)
+    assert len(seen) == 1
+    lasting = module.register_forward_hook(lambda module, args, output: None)
+    loss = model(**WORDS).loss
+    lasting.remove()
+    handle = module.register_forward_hook(passing)
+    loss.backward()
+    assert len(seen) == 2 and list(module._forward_hooks.values()) == [passing]
+    handle.remove()
 
 
 def test_hooks_of_a_forward_pass_are_those_of_its_recomputation() -> None:

@@ -239,9 +239,11 @@ def test_prompts_and_new_tokens_below_frozen_layers() -> None:
     assert any("trainable_tokens" in name for name in found) and not any("layers.0." in name for name in found)
 
 
-def test_weights_of_frozen_layers_that_ask_for_gradients_are_named_once() -> None:
+@pytest.mark.parametrize("below", [True, False])
+def test_weights_of_frozen_layers_that_ask_for_gradients_are_named_once(below: bool) -> None:
     model = meft.make_reversible(llama(), frozen_layers=1)
     model.requires_grad_(True)
+    model.model.embed_tokens.requires_grad_(below)
     with pytest.warns(
         MeftWarning, match=r"9 parameters of model\.layers .* frozen_layers=1 keeps as they are"
     ) as caught:
@@ -249,7 +251,7 @@ def test_weights_of_frozen_layers_that_ask_for_gradients_are_named_once() -> Non
         gradients(model, WORDS)
     assert len(caught) == 1
     assert not any("layers.0." in name for name in found)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.model.layers.parameters())
 
 
 # --- Pickled and saved ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from meft.engine.replay import of_one_call
 from meft.errors import UnsupportedModelError
 
 INIT_STD = 0.02
@@ -115,7 +116,10 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name:
         awaited[-1].__enter__()
         return output
 
-    handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
+    handles = [
+        entry.register_forward_pre_hook(of_one_call(remember), with_kwargs=True),
+        exit_.register_forward_hook(of_one_call(add)),
+    ]
     try:
         yield
     finally:
@@ -194,7 +198,7 @@ def behind(module: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
         first = _first(output)
         return _with_first(output, first + adapter(first))
 
-    handle = module.register_forward_hook(add)
+    handle = module.register_forward_hook(of_one_call(add))
     try:
         yield
     finally:

@@ -66,8 +66,9 @@ def make_reversible(
         arithmetic: "exact" rebuilds activations bit for bit; "float" does not.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
         fraction_bits: binary places of exact streams, 4 to 24.
-        frozen_layers: lowest layers of each stack that run without any backward pass; their parameters are set not
-            to require gradients until `restore`.
+        frozen_layers: lowest layers of each stack that run as they are; their parameters are set not to require
+            gradients until `restore`. They have no backward pass, unless something below or beside them is trained
+            (embeddings, prompts, an encoder), whose gradients pass through them.
         cached_layers: highest layers of each stack that keep their activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are

@@ -205,10 +205,12 @@ class ReversibleLayer(nn.Module):
 
         That may be embeddings, prompts, a vision tower before the stack, and an encoder beside it.
         """
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or requiring(args, kwargs)):
-            with torch.no_grad():
-                return self.pretrained(hidden, *args, **kwargs)
-        with reversible_stack.weights_fixed(self.pretrained):
+        if not torch.is_grad_enabled():
+            return self.pretrained(hidden, *args, **kwargs)
+        with (
+            reversible_stack.weights_fixed(self.pretrained),
+            torch.set_grad_enabled(hidden.requires_grad or requiring(args, kwargs)),
+        ):
             return self.pretrained(hidden, *args, **kwargs)
 
     def _coupled(

@@ -120,7 +120,8 @@ class ReversibleStack:
             f"{self.model} changes the hidden state between {self.name}.{index - 1} and {self.name}.{index}: layer "
             f"{index} was given another tensor (shape {tuple(hidden.shape)}) than layer {index - 1} returned, or "
             "one modified in place, and what happened in between would be lost in the second stream. Remove the "
-            f"hook or code between these layers, or freeze the layers below with frozen_layers={index}."
+            f"hook or code between these layers, or leave the layers below uncoupled and untrained with "
+            f"frozen_layers={index}: what lies below those trains on through them."
         )
 
     @contextmanager

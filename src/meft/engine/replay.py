@@ -236,30 +236,45 @@ Hooks = tuple[dict[int, Any], ...]
 """The forward hooks of a module, in the registries of `_HOOKS`."""
 
 
+def of_one_call(hook: Any) -> Any:
+    """Marks a hook that is put on by a call for itself, and is none of those that a call must find again."""
+    hook.of_one_call = True
+    return hook
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
+def _lasting(hooks: dict[int, Any]) -> dict[int, Any]:
+    return {identity: hook for identity, hook in hooks.items() if not getattr(hook, "of_one_call", False)}
+
+
 def _hooks_of(module: nn.Module) -> Hooks:
-    return tuple(getattr(module, name).copy() for name in _HOOKS)
+    before, flags, after, *more = (getattr(module, name).copy() for name in _HOOKS)
+    return (_lasting(before), flags, _lasting(after), *more)
 
 
 @contextmanager
 def _hooked(modules: Sequence[nn.Module], wanted: Sequence[tuple[nn.Module, Hooks]]) -> Iterator[None]:
-    """Lets modules have the forward hooks that they had, also those that were taken off or put on since."""
+    """Lets modules have the forward hooks that they had, also those that were taken off or put on since.
+
+    Hooks of one call, of another thread at present, stay where they are.
+    """
     recorded = {id(module): hooks for module, hooks in wanted}
     changed = []
     for module in modules:
         hooks = recorded.get(id(module))
         if hooks is None and not _has_hooks(module):
             continue
-        if hooks is None:
-            hooks = tuple(type(getattr(module, name))() for name in _HOOKS)
-        elif hooks[0] == module._forward_pre_hooks and hooks[2] == module._forward_hooks:
+        hooks = hooks or ({}, {}, {}, {}, {})
+        present = tuple(getattr(module, name) for name in _HOOKS)
+        if hooks[0] == _lasting(present[0]) and hooks[2] == _lasting(present[2]):
             continue
-        changed.append((module, tuple(getattr(module, name) for name in _HOOKS)))
-        for name, value in zip(_HOOKS, hooks, strict=True):
-            setattr(module, name, value.copy())
+        changed.append((module, present))
+        for name, was, now in zip(_HOOKS, hooks, present, strict=True):
+            passing = {identity: hook for identity, hook in now.items() if getattr(hook, "of_one_call", False)}
+            setattr(module, name, type(now)({**was, **passing}))
     try:
         yield
     finally:

@@ -46,7 +46,8 @@ class MeftConfig(PeftConfig):
         arithmetic: "exact" rebuilds activations bit for bit; "float" divides, and loses precision in each layer.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
         fraction_bits: binary places of exact streams, 4 to 24: hidden states in +-2**(31 - fraction_bits).
-        frozen_layers: lowest layers of each stack, without adapters and without any backward pass.
+        frozen_layers: lowest layers of each stack, without adapters, and without any backward pass unless something
+            below or beside them is trained (new tokens, an encoder), whose gradients pass through them.
         cached_layers: highest layers of each stack, with stored activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
