@@ -23,8 +23,9 @@ from meft.engine.engine import LayerCall, finish, readout, run_layer
 from meft.engine.sharding import check_sharding
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.foreign import check_transforms
-from meft.patching import Patched, wraps
+from meft.patching import Patched
 from meft.recording import records
+from meft.standin import StandIn
 
 from .adapters import Bottleneck, behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
@@ -40,7 +41,7 @@ Runner = Callable[[Callable[..., Any], nn.Module, Tensor, tuple[Any, ...], Mappi
 __all__ = ["Placement", "ReversibleLayer", "ReversibleStack"]
 
 
-class ReversibleLayer(nn.Module):
+class ReversibleLayer(StandIn):
     """Stands in for one pretrained layer and runs it as a step of a reversible stack.
 
     Parameters, buffers and children are the pretrained layer's own, under their own names: state dicts, optimizers
@@ -55,8 +56,6 @@ class ReversibleLayer(nn.Module):
 
     gradient_checkpointing = False
     compiler: Compiler | None = None
-    own_names = frozenset({"training", "compiler", FLAG})
-    """Attributes of the wrapper itself, besides private ones and those of its class."""
 
     def __init__(self, layer: nn.Module, reversible_stack: ReversibleStack, index: int) -> None:
         super().__init__()
@@ -76,56 +75,6 @@ class ReversibleLayer(nn.Module):
     def placement(self) -> Placement | None:
         """Where the layer stands and with which adapters; None runs the pretrained layer as it is."""
         return self._placement
-
-    def __getattr__(self, name: str) -> Any:
-        """Some models read attributes of their layers in the loop; the pretrained layer has them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("pretrained", "base_layer", "_modules"):
-                raise
-            return getattr(self.pretrained, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What is set on the wrapper is meant for the layer: `layer.dropout = 0`, another attention module."""
-        if name == "forward" and self._stands_in():
-            self._set_forward(value)
-        elif self._is_own(name):
-            super().__setattr__(name, value)
-            if name == "training" and self._stands_in():
-                self.pretrained.training = value
-        else:
-            setattr(self.pretrained, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name == "forward" and name not in self.__dict__:
-            patch = vars(self.pretrained).get(name)
-            if type(patch) is Patched:
-                patch.take_off(self.pretrained)
-        elif name in self.__dict__ or self._is_own(name):
-            super().__delattr__(name)
-        else:
-            delattr(self.pretrained, name)
-
-    def _is_own(self, name: str) -> bool:
-        return name.startswith("_") or name in self.own_names or hasattr(type(self), name) or not self._stands_in()
-
-    def _stands_in(self) -> bool:
-        """Whether there is a layer yet: PyTorch and PEFT set attributes before."""
-        return "pretrained" in self.__dict__ or "base_layer" in self.__dict__.get("_modules", ())
-
-    def _set_forward(self, forward: Callable[..., Any]) -> None:
-        """Replaces what the layer computes; what goes on to this wrapper's own stands around it instead.
-
-        Accelerate's hooks are such, and code that changes what the model's loop hands to the layer.
-        """
-        own = type(self).forward.__get__(self)
-        if forward == own:
-            del self.forward
-        elif wraps(forward, own):
-            self.__dict__["forward"] = forward
-        else:
-            Patched.put_on(self.pretrained, forward)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the functions that are rebuilt, in place, with the options of `torch.compile`.
