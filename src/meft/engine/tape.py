@@ -305,21 +305,17 @@ def _expected(peaks: dict[int, float], first: int) -> float:
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
     differing = int((x1 != x2).sum())
     largest = float((tape.arithmetic.decode(x1, torch.float64) - tape.arithmetic.decode(x2, torch.float64)).abs().max())
-    if tape.disturbed:
-        return (
-            f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up "
-            f"to {largest:.3g}. While one of its layers drew random numbers (dropout), something else drew from the "
-            "same generator: PyTorch has one for all threads of a process, and a layer that is rebuilt must get the "
-            "numbers again that it had. Run the forward and backward passes of different threads one after the other "
-            "(a threading.Lock around them), switch dropout off, or give each thread a process of its own. This step's "
-            "gradients were not applied."
-        )
+    numbers = (
+        " The layer did not draw the same random numbers either: it ran otherwise, or something else drew from its "
+        "generator meanwhile. PyTorch has one for all threads of a process: run the passes of different threads one "
+        "after the other, switch dropout off, or give each thread a process of its own."
+    )
     return (
         f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up to "
         f"{largest:.3g}. A layer returned other values in the recomputation than in the forward pass; the likely cause "
         "is a nondeterministic kernel, random numbers from outside PyTorch's generators, or state that changed in "
         "between. Call torch.use_deterministic_algorithms(True), choose another attention implementation, or use "
-        'backward="cached". This step\'s gradients were not applied.'
+        'backward="cached".' + (numbers if tape.disturbed else "") + " This step's gradients were not applied."
     )
 
 
