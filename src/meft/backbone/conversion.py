@@ -6,7 +6,8 @@ This is the only module that changes a model somebody passes in.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import unwrap
 from typing import Any
@@ -196,6 +197,14 @@ def prepare_stacks(model: nn.Module, stacks: Sequence[tuple[Stack, ReversibleSta
             MeftWarning,
             stacklevel=3,
         )
+
+
+@contextmanager
+def layer_drop_unsaid() -> Iterator[None]:
+    """For models that nobody handed in, tried or estimated on their own: what is set aside in them is not said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layer drop", MeftWarning)
+        yield
 
 
 def _layer_drops(stack: Stack) -> list[tuple[Any, str]]:
