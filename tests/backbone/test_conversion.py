@@ -61,6 +61,7 @@ def with_lora(model: nn.Module, family: str) -> PeftModel:
 # --- There and back ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Layer drop:meft.errors.MeftWarning")
 @pytest.mark.parametrize(("family", "coupling"), FAMILY_COUPLINGS)
 def test_there_and_back(family: str, coupling: str) -> None:
     """Names stay, the very objects come back, and so do training flags, frozen parameters and layer drop."""

@@ -37,7 +37,7 @@ from transformers import (
 import meft
 from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
-from meft.errors import ConfigError, UnsupportedModelError
+from meft.errors import ConfigError, MeftWarning, UnsupportedModelError
 from support.peft_helpers import assert_close, llama, taken, unchanged
 from support.stacks import Block, Stacked, hidden_state
 
@@ -133,7 +133,8 @@ def test_two_towers_get_the_gradients_of_cached_ones(chosen: list[str] | None) -
 
 def test_whisper_loses_layer_drop_until_it_is_restored() -> None:
     model = whisper(encoder_layerdrop=0.5, decoder_layerdrop=0.5)
-    meft.make_reversible(model.train())
+    with pytest.warns(MeftWarning, match=r"layerdrop=0.5 of WhisperEncoder, layerdrop=0.5 of WhisperDecoder.*set to 0"):
+        meft.make_reversible(model.train())
     assert model.model.encoder.layerdrop == model.model.decoder.layerdrop == 0.0
     ids = torch.randint(4, 40, (2, 5))
     model(input_features=torch.randn(2, 8, 20), labels=ids).loss.backward()
@@ -147,7 +148,8 @@ def test_layer_drop_that_the_loop_reads_from_the_configuration_is_switched_off()
     )
     config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups = 4, 2
     model = Wav2Vec2Model(config)
-    meft.make_reversible(model.train())
+    with pytest.warns(MeftWarning, match=r"layerdrop=0.9 of Wav2Vec2Config"):
+        meft.make_reversible(model.train())
     assert config.layerdrop == 0.0
     model(torch.randn(1, 400)).last_hidden_state.sum().backward()
     assert config.layerdrop == 0.0 and meft.restore(model).config.layerdrop == 0.9

@@ -133,6 +133,7 @@ def test_a_model_trained_in_full(base_folder: Path, tmp_path: Path) -> None:
         assert_equal(load_file(tmp_path / name / "model.safetensors"), load_file(base_folder / "model.safetensors"))
 
 
+@pytest.mark.filterwarnings("ignore:Layer drop:meft.errors.MeftWarning")
 def test_what_conversion_changed_is_not_written(tmp_path: Path) -> None:
     """Layer drop, which a reversible stack cannot have, is there again."""
     for name, prepare in (

@@ -292,6 +292,7 @@ def test_adapters_mixed_within_a_batch_are_refused() -> None:
 # --- Taken out again --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Layer drop:meft.errors.MeftWarning")
 @pytest.mark.parametrize("coupling", METHODS)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_unload_gives_back_the_very_base_model(family: str, coupling: str) -> None:
@@ -324,6 +325,7 @@ def test_unload_keeps_the_trained_head() -> None:
     assert model.unload().classifier is head
 
 
+@pytest.mark.filterwarnings("ignore:Layer drop:meft.errors.MeftWarning")
 @pytest.mark.parametrize("order", [("default", "other"), ("other", "default")])
 def test_unload_after_deleting_adapters_restores_layer_drop(order: tuple[str, str]) -> None:
     base = models.build("opt", "CAUSAL_LM", layers=3).eval()

@@ -2,7 +2,8 @@
 
 Adapter(x) = up(dropout(act(down(x)))), with the model's own non-linearity and dropout; weights from N(0, 0.02^2),
 biases zero, so that its output starts near zero. Placed beside a feed-forward (parallel adapter, He et al. 2022,
-arXiv 2110.04366) or behind a module (bottleneck adapter, Houlsby et al. 2019, arXiv 1902.00751).
+arXiv 2110.04366) or behind a module (bottleneck adapter, Houlsby et al. 2019, arXiv 1902.00751). Beside a feed-forward
+it is added after the dropout that the layer gives the feed-forward's output, as in the paper's code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+from meft.engine.replay import of_one_call
 from meft.errors import UnsupportedModelError
 
 INIT_STD = 0.02
@@ -29,28 +33,34 @@ class Bottleneck:
         down: Linear, hidden -> bottleneck.
         up: Linear, bottleneck -> hidden.
         activation: the non-linearity.
-        dropout: probability of dropping an element of the bottleneck in training.
-        owner: the module whose training flag decides about dropout.
+        dropout: module that drops elements of the bottleneck, or a probability of it in training.
+        owner: the layer that the adapter belongs to, whose training flag tells whether anything is dropped.
+        norm: what the hidden state passes through first, or None.
     """
 
     down: nn.Linear
     up: nn.Linear
     activation: Callable[[Tensor], Tensor]
-    dropout: float
+    dropout: nn.Module | float
     owner: nn.Module
+    norm: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Computes up(dropout(act(down(hidden)))); shape (..., hidden), dtype as given."""
-        narrow = self.activation(self.down(hidden.to(self.down.weight.dtype)))
-        narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
+        """Computes up(dropout(act(down(norm(hidden))))); shape (..., hidden), dtype as given."""
+        wide = hidden.to(self.down.weight.dtype)
+        narrow = self.activation(self.down(wide if self.norm is None else self.norm(wide)))
+        if isinstance(self.dropout, nn.Module):
+            narrow = self.dropout(narrow)
+        else:
+            narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
         return self.up(narrow).to(hidden.dtype)
 
 
-def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, nn.Linear]:
-    """Makes the down- and up-projection of a new adapter: weights N(0, 0.02^2), biases zero."""
+def new_projections(hidden_size: int, bottleneck_dim: int, std: float = INIT_STD) -> tuple[nn.Linear, nn.Linear]:
+    """Makes the down- and up-projection of a new adapter: weights N(0, std^2), biases zero."""
     down, up = nn.Linear(hidden_size, bottleneck_dim), nn.Linear(bottleneck_dim, hidden_size)
     for projection in (down, up):
-        nn.init.normal_(projection.weight, std=INIT_STD)
+        nn.init.normal_(projection.weight, std=std)
         nn.init.zeros_(projection.bias)
     return down, up
 
@@ -58,6 +68,8 @@ def new_projections(hidden_size: int, bottleneck_dim: int) -> tuple[nn.Linear, n
 @contextmanager
 def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name: str = "a layer") -> Iterator[None]:
     """For the duration of a call, adds adapter(input of `entry`) to the output of `exit_`.
+
+    In training it is added to what comes out of the dropout that this output is given to, if it is.
 
     The hooks live only as long as the call, and heed no call of another thread, so nothing stays on the pretrained
     modules.
@@ -69,6 +81,7 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name:
         yield
         return
     received: list[Tensor] = []
+    awaited: list[_Awaited] = []
     added = False
     thread = threading.get_ident()
 
@@ -92,20 +105,83 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name:
                 f"makes {tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "
                 f"{adapter.down.in_features}. Name the module that reads and returns it with feedforward_module."
             )
-        # Some mixtures of experts return the tokens of all sequences in one matrix.
-        return _with_first(output, first + adapter(given).reshape(first.shape))
 
-    handles = [entry.register_forward_pre_hook(remember, with_kwargs=True), exit_.register_forward_hook(add)]
+        def addend() -> Tensor:
+            # Some mixtures of experts return the tokens of all sequences in one matrix.
+            return adapter(given).reshape(first.shape)
+
+        if not adapter.owner.training:
+            return _with_first(output, first + addend())
+        awaited.append(_Awaited(first, addend))
+        awaited[-1].__enter__()
+        return output
+
+    handles = [
+        entry.register_forward_pre_hook(of_one_call(remember), with_kwargs=True),
+        exit_.register_forward_hook(of_one_call(add)),
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        while awaited:
+            waiting = awaited.pop()
+            waiting.__exit__(None, None, None)
+            added = added and waiting.output is None
     if not added:
         raise UnsupportedModelError(
             f"The {type(exit_).__name__} that was taken for the feed-forward of {name} was not called, so the adapter "
             "beside it has no effect. Name the module that is called with feedforward_module."
         )
+
+
+class _Awaited(TorchFunctionMode):
+    """Waits for the first use of a tensor, and adds something to it: behind a dropout, before anything else.
+
+    Dropout is a module in some layers and a function in others; both arrive here.
+
+    Args:
+        output: the tensor; None once it was used.
+        addend: makes what is added.
+    """
+
+    def __init__(self, output: Tensor, addend: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.output: Tensor | None = output
+        self.addend = addend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        looks = getattr(func, "__name__", "") == "__get__" or func in _LOOKS
+        if self.output is None or looks or not any(map(self._is_it, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        if func in _VIEWS:
+            # Hooks on the gradient of a module's output make an alias of it.
+            alias = func(*args, **kwargs)
+            if self._is_it(alias):
+                return alias
+        added = self.addend()
+        if func in _DROPOUTS:
+            result = func(*args, **kwargs)
+            self.output = None
+            return result + added
+        args, kwargs = tree_map(lambda leaf: leaf + added if self._is_it(leaf) else leaf, (args, kwargs))
+        self.output = None
+        return func(*args, **kwargs)
+
+    def _is_it(self, value: Any) -> bool:
+        output = self.output
+        if value is output:
+            return True
+        if not isinstance(value, Tensor) or output is None or value.shape != output.shape:
+            return False
+        return value.untyped_storage()._cdata == output.untyped_storage()._cdata
+
+
+_DROPOUTS = (nn.functional.dropout, torch.dropout, torch.native_dropout)
+_VIEWS = (Tensor.view_as, Tensor.view, Tensor.contiguous)
+_LOOKS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.register_hook)
 
 
 @contextmanager
@@ -122,7 +198,7 @@ def behind(module: nn.Module, adapter: Bottleneck | None) -> Iterator[None]:
         first = _first(output)
         return _with_first(output, first + adapter(first))
 
-    handle = module.register_forward_hook(add)
+    handle = module.register_forward_hook(of_one_call(add))
     try:
         yield
     finally:

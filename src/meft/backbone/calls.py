@@ -205,6 +205,11 @@ def without_cache(
     return (*moved, *args[len(moved) :]), {**kwargs, **changed}
 
 
+def requiring(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tells whether any tensor among the arguments requires gradients."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten((args, dict(kwargs)))[0])
+
+
 def recording() -> bool:
     """Tells whether Transformers records hidden states or other outputs of the running call."""
     return bool(_active_collector.get())

@@ -5,26 +5,27 @@ This is the only module that changes a model somebody passes in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from inspect import unwrap
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from meft.engine.couplings import OutputRule
 from meft.engine.sharding import refuse_sharded
-from meft.errors import ConfigError
-from meft.loss import attach, detach
+from meft.errors import ConfigError, MeftWarning
+from meft.loss import attach, detach, heads
 
-from .compilation import uncompiled
+from .checkpointing import FLAG, inside, is_wrapped, warn_dropped
 from .discovery import Stack, check_module, find_stacks, pretrained_of
 from .layers import ReversibleLayer
 from .plan import Plan
+from .recording import install_recording
 from .stack import ReversibleStack
-
-logger = logging.get_logger(__name__)
 
 
 def make_reversible(
@@ -66,8 +67,9 @@ def make_reversible(
         arithmetic: "exact" rebuilds activations bit for bit; "float" does not.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
         fraction_bits: binary places of exact streams: "auto" follows the hidden state that enters, 4 to 24 fixes them.
-        frozen_layers: lowest layers of each stack that run without any backward pass; their parameters are set not
-            to require gradients until `restore`.
+        frozen_layers: lowest layers of each stack that run as they are; their parameters are set not to require
+            gradients until `restore`. They have no backward pass, unless something below or beside them is trained
+            (embeddings, prompts, an encoder), whose gradients pass through them.
         cached_layers: highest layers of each stack that keep their activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
@@ -112,15 +114,19 @@ def make_reversible(
     for stack in taken:
         _refuse_reversible(stack, plan)
     reversible_stacks = [stack.reversible_stack(plan) for stack in taken]
-    _install_recording(model)
+    install_recording(model)
     name_units(model, taken, reversible_stacks[0], ReversibleLayer.__name__)
+    prepare_stacks(model, list(zip(taken, reversible_stacks, strict=True)))
     for stack, reversible_stack in zip(taken, reversible_stacks, strict=True):
-        prepare_stack(stack, reversible_stack)
+        wrapped = [index for index, layer in enumerate(stack.layers) if is_wrapped(layer)]
+        if wrapped:
+            warn_dropped([reversible_stack.layer_name(index) for index in wrapped], stack.layers[wrapped[0]])
         _freeze(stack, reversible_stack)
         for index, layer in enumerate(stack.layers):
             stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
     if fused_loss:
         reversible_stacks[0].changes.extend(attach(model))
+        reversible_stacks[0].heads.extend(heads(model))
     return model
 
 
@@ -139,7 +145,7 @@ def restore(model: nn.Module) -> nn.Module:
         (container, index, layer)
         for container in model.modules()
         if isinstance(container, nn.ModuleList)
-        for index, layer in enumerate(map(uncompiled, container))
+        for index, layer in enumerate(map(inside, container))
         if type(layer) is ReversibleLayer
     ]
     if not wrapped:
@@ -150,24 +156,84 @@ def restore(model: nn.Module) -> nn.Module:
     for container, index, layer in wrapped:
         undo(layer._placement.reversible_stack)
         layer.pretrained.training = layer.training
+        if layer.gradient_checkpointing and hasattr(layer.pretrained, FLAG):
+            # Switched on since, but not met in a forward pass.
+            layer.pretrained._gradient_checkpointing_func = layer._gradient_checkpointing_func
+            layer.pretrained.gradient_checkpointing = True
         container[index] = layer.replaced
     # PEFT copies a head that it trains, together with what was done to it.
     detach(model)
     return model
 
 
-def prepare_stack(stack: Stack, reversible_stack: ReversibleStack) -> None:
-    """Changes what would go wrong in a reversible stack, and notes it in the reversible_stack for `undo`."""
-    if reversible_stack.plan.coupling is None:
-        return
-    for holder in (stack.parent, stack.config):
-        layerdrop = getattr(holder, "layerdrop", 0.0)
-        if layerdrop:
-            logger.warning_once(
-                f"Layer drop ({layerdrop}) skips layers, which a reversible stack cannot: it was set to 0."
-            )
-            _change(reversible_stack, holder, "layerdrop", 0.0)
-    reversible_stack.hooks.append(stack.owner.register_forward_hook(reversible_stack.check_ended))
+def prepare_stacks(model: nn.Module, stacks: Sequence[tuple[Stack, ReversibleStack]]) -> None:
+    """Changes what would go wrong in reversible stacks, and notes it in their reversible_stacks for `undo`.
+
+    Warns:
+        MeftWarning: layers would have been dropped at random.
+    """
+    dropped = []
+    coupled = [
+        (stack, reversible_stack) for stack, reversible_stack in stacks if reversible_stack.plan.coupling is not None
+    ]
+    for stack, reversible_stack in coupled:
+        for place in (stack, *stack.aliases):
+            for holder, name in _layer_drops(place):
+                dropped.append(f"{name}={getattr(holder, name)!r} of {type(holder).__name__}")
+                if not isinstance(holder, nn.Module):
+                    _save_as_given(reversible_stack, holder, name)
+                _change(reversible_stack, holder, name, 0.0)
+        owners = {id(place.owner): place.owner for place in (stack, *stack.aliases)}
+        for owner in owners.values():
+            reversible_stack.hooks.append(owner.register_forward_hook(reversible_stack.check_ended))
+            reversible_stack.hooks.append(owner.register_forward_pre_hook(reversible_stack.unwrap))
+    for _, reversible_stack in coupled[:1]:
+        reversible_stack.hooks.append(model.register_forward_pre_hook(reversible_stack.hear_cache, with_kwargs=True))
+    if dropped:
+        warnings.warn(
+            f"Layer drop ({', '.join(dropped)}) skips layers at random, which a reversible stack cannot: it was set to "
+            "0 until the layers are given back. The configuration is saved with the value it had. Set it to 0 yourself "
+            "to be rid of this warning.",
+            MeftWarning,
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def layer_drop_unsaid() -> Iterator[None]:
+    """For models that nobody handed in, tried or estimated on their own: what is set aside in them is not said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layer drop", MeftWarning)
+        yield
+
+
+def _layer_drops(stack: Stack) -> list[tuple[Any, str]]:
+    """Where the loop over the layers may read a probability of skipping one: (module or configuration, attribute)."""
+    names = {
+        "layerdrop",
+        *(name for name in unwrap(type(stack.parent).forward).__code__.co_names if "layerdrop" in name),
+    }
+    config = getattr(stack.parent, "config", None) or stack.config
+    holders = {id(holder): holder for holder in (stack.parent, config, stack.config)}.values()
+    return [(holder, name) for name in sorted(names) for holder in holders if getattr(holder, name, None)]
+
+
+def _save_as_given(reversible_stack: ReversibleStack, config: Any, name: str) -> None:
+    """Lets a configuration be written with the value that the user gave one of its attributes."""
+    given = vars(config).get("to_dict")
+    values = {name: getattr(config, name)}
+    if isinstance(given, partial):
+        values = {**given.keywords["values"], **values}
+    else:
+        reversible_stack.changes.append((config, "to_dict", None))
+    vars(config)["to_dict"] = partial(_as_given, config, values=values)
+
+
+def _as_given(config: Any, *, values: dict[str, Any]) -> dict[str, Any]:
+    """What `config.to_dict()` gave before some of its values were changed."""
+    written = type(config).to_dict(config)
+    written.pop("to_dict")
+    return {**written, **values}
 
 
 def name_units(model: nn.Module, stacks: Sequence[Stack], reversible_stack: ReversibleStack, wrapper: str) -> None:
@@ -190,14 +256,17 @@ def undo(reversible_stack: ReversibleStack) -> None:
     """Takes back what conversion changed besides the layers."""
     while reversible_stack.changes:
         target, attribute, before = reversible_stack.changes.pop()
-        setattr(target, attribute, before)
+        if attribute == "to_dict":
+            vars(target).pop(attribute, None)
+        else:
+            setattr(target, attribute, before)
     while reversible_stack.hooks:
         reversible_stack.hooks.pop().remove()
 
 
 def _refuse_reversible(stack: Stack, plan: Plan) -> None:
     """Raises ConfigError, and says what a second conversion would change, if a stack was converted before."""
-    wrapped = next((layer for layer in map(uncompiled, stack.layers) if isinstance(layer, ReversibleLayer)), None)
+    wrapped = next((layer for layer in map(inside, stack.layers) if isinstance(layer, ReversibleLayer)), None)
     if wrapped is None:
         return
     name = f"{stack.name} of {type(stack.owner).__name__}"
@@ -225,14 +294,3 @@ def _freeze(stack: Stack, reversible_stack: ReversibleStack) -> None:
 def _change(reversible_stack: ReversibleStack, target: Any, attribute: str, value: Any) -> None:
     reversible_stack.changes.append((target, attribute, getattr(target, attribute)))
     setattr(target, attribute, value)
-
-
-def _install_recording(model: nn.Module) -> None:
-    """Lets Transformers put its output-recording hooks on the layers while it can still find them."""
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        nested = [child for child in module.modules() if isinstance(child, PreTrainedModel)]
-        # Installing on a model installs on the models inside it as well, without looking whether they have them.
-        if not any(getattr(child, "_output_capturing_hooks_installed", False) for child in nested):
-            maybe_install_capturing_hooks(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from meft.errors import ConfigError, UnsupportedModelError
 
 from .architectures import split_of
 from .architectures.repeats import order_of
-from .compilation import uncompiled
+from .checkpointing import inside
 from .layers import ReversibleLayer
 from .plan import Plan
 from .stack import ReversibleStack
@@ -50,12 +50,14 @@ class Stack:
         layers: the ModuleList itself.
         parent: the module whose loop calls the layers.
         owner: the nearest model above with a configuration.
+        aliases: the same list under the other names that the model has for it.
     """
 
     name: str
     layers: nn.ModuleList
     parent: nn.Module
     owner: nn.Module
+    aliases: tuple[Stack, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -72,6 +74,10 @@ class Stack:
             f"The width of {self.name} in {type(self.owner).__name__} is not known: its layers have no norm, and its "
             f"configuration has none of {', '.join(_WIDTH_NAMES)}."
         )
+
+    def lies_in(self, name: str) -> bool:
+        """Tells whether a name is this stack's, or that of a module that it lies in."""
+        return any(f".{name}." in f".{place.name}." for place in (self, *self.aliases))
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -128,7 +134,7 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
         ConfigError: a chosen name is none of the model's, or the model is no module.
     """
     check_module(model, "find_stacks")
-    stacks = list(_stacks(model, "", model, model))
+    stacks = _merged(_stacks(model, "", model, model))
     if not stacks:
         recurrent = next((module for module in model.modules() if _recurrent(module)), None)
         if recurrent is not None:
@@ -143,12 +149,12 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
     if isinstance(chosen, str) or not chosen:
         raise ConfigError(f"stacks={chosen!r} is no list of names. Valid: any of {names}, or None for all of them.")
     for name in chosen:
-        if not any(_lies_in(stack.name, name) for stack in stacks):
+        if not any(stack.lies_in(name) for stack in stacks):
             raise ConfigError(
                 f"stacks={list(chosen)!r} asks for {name!r}, but {type(model).__name__} has the stacks {names}. Name "
                 "some of these, or modules they lie in."
             )
-    return [stack for stack in stacks if any(_lies_in(stack.name, name) for name in chosen)]
+    return [stack for stack in stacks if any(stack.lies_in(name) for name in chosen)]
 
 
 def check_module(model: Any, function: str) -> None:
@@ -161,24 +167,28 @@ def check_module(model: Any, function: str) -> None:
 
 
 def pretrained_of(layer: nn.Module) -> nn.Module:
-    """Returns the pretrained layer that a wrapper or `torch.compile` stands in for, or the layer itself."""
-    layer = uncompiled(layer)
+    """Returns the pretrained layer that a wrapper of any kind stands in for, or the layer itself."""
+    layer = inside(layer)
     return layer.pretrained if isinstance(layer, ReversibleLayer) else layer
+
+
+def _merged(found: Iterator[Stack]) -> list[Stack]:
+    """One stack for each list of layers, by the first of its names; a model may hold it under several."""
+    by_list: dict[int, list[Stack]] = {}
+    for stack in found:
+        by_list.setdefault(id(stack.layers), []).append(stack)
+    return [replace(first, aliases=tuple(others)) for first, *others in by_list.values()]
 
 
 def _stacks(module: nn.Module, name: str, parent: nn.Module, owner: nn.Module) -> Iterator[Stack]:
     if isinstance(module, nn.ModuleList) and len(module):
-        if all(_is_layer(uncompiled(layer)) for layer in module) and not all(map(_convolutional, module)):
+        if all(_is_layer(inside(layer)) for layer in module) and not all(map(_convolutional, module)):
             yield Stack(name, module, parent, owner)
             return
     elif isinstance(module, PreTrainedModel):
         owner = module
     for child_name, child in module.named_children():
         yield from _stacks(child, f"{name}.{child_name}" if name else child_name, module, owner)
-
-
-def _lies_in(stack: str, name: str) -> bool:
-    return f".{name}." in f".{stack}."
 
 
 def _norm_width(module: nn.Module) -> int | None:

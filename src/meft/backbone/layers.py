@@ -7,7 +7,7 @@ starts the tape, the last one applies the output rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -24,9 +24,14 @@ from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import Bottleneck, behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
-from .calls import Block, CallArguments, recording, recording_off, split_hidden, split_output, without_cache
+from .calls import Block, CallArguments, recording, recording_off, requiring, split_hidden, split_output, without_cache
+from .checkpointing import FLAG, checkpointed, flagged, inside, is_wrapped, unflagged
 from .compilation import Compiler, is_compiled, options_around, options_of, run, surrounding, uncompiled, whole
+from .foreign import check_transforms
+from .patching import Patched
+from .recording import records
 from .stack import Placement, ReversibleStack
+from .standin import StandIn
 
 logger = logging.get_logger(__name__)
 
@@ -36,11 +41,12 @@ Runner = Callable[[Callable[..., Any], nn.Module, Tensor, tuple[Any, ...], Mappi
 __all__ = ["Placement", "ReversibleLayer", "ReversibleStack"]
 
 
-class ReversibleLayer(nn.Module):
+class ReversibleLayer(StandIn):
     """Stands in for one pretrained layer and runs it as a step of a reversible stack.
 
     Parameters, buffers and children are the pretrained layer's own, under their own names: state dicts, optimizers
-    and adapters put in later see no difference.
+    and adapters put in later see no difference. Attributes that are set or deleted here are the pretrained layer's as
+    well (`layer.dropout = 0`), and a `forward` that is set is run as a part of the step.
 
     Args:
         layer: the pretrained layer; kept unchanged as `pretrained`. One that is compiled is compiled here too.
@@ -53,10 +59,10 @@ class ReversibleLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, reversible_stack: ReversibleStack, index: int) -> None:
         super().__init__()
-        options = options_of(layer, reversible_stack.layer_name(index))
+        options = options_of(uncompiled(layer) if is_wrapped(layer) else layer, reversible_stack.layer_name(index))
         # What `restore` gives back.
         self.__dict__["replaced"] = layer
-        layer = uncompiled(layer)
+        layer = inside(layer)
         # Not registered as a child, and the registries shared: names stay what they were.
         self.__dict__["pretrained"] = layer
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -69,19 +75,6 @@ class ReversibleLayer(nn.Module):
     def placement(self) -> Placement | None:
         """Where the layer stands and with which adapters; None runs the pretrained layer as it is."""
         return self._placement
-
-    def train(self, mode: bool = True) -> ReversibleLayer:
-        self.pretrained.training = mode
-        return super().train(mode)
-
-    def __getattr__(self, name: str) -> Any:
-        """Some models read attributes of their layers in the loop; the pretrained layer has them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("pretrained", "base_layer", "_modules"):
-                raise
-            return getattr(self.pretrained, name)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the functions that are rebuilt, in place, with the options of `torch.compile`.
@@ -113,21 +106,27 @@ class ReversibleLayer(nn.Module):
     # compiled each by itself.
     @torch.compiler.disable
     def _forward(self, around: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        patch = vars(self.pretrained).get("forward")
+        if type(patch) is Patched and patch.running:
+            return patch.before(self.pretrained, *args, **kwargs)
         placement = self.placement()
         if placement is None:
             return self.pretrained(*args, **kwargs)
         reversible_stack = placement.reversible_stack
+        modules = (self.pretrained, *modules_of(self))
         if reversible_stack.plan.coupling is not None or reversible_stack.frozen(placement.index):
-            self._switch_off_checkpointing()
+            self._switch_off_checkpointing(modules, reversible_stack)
         self._refuse_replica(placement)
         check_sharding(self, self.pretrained, placement.name)
         hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
-        if torch.is_grad_enabled() and reversible_stack.in_training():
+        training = torch.is_grad_enabled() and reversible_stack.in_training()
+        if reversible_stack.plan.coupling is not None:
+            check_transforms(placement.name, modules, training)
+        if training:
             args, kwargs = without_cache(self.pretrained, placement.name, args, kwargs)
-            self._unpack()
+            self._unpack(modules)
         if reversible_stack.frozen(placement.index):
-            with torch.no_grad():
-                return self.pretrained(hidden, *args, **kwargs)
+            return self._frozen(reversible_stack, hidden, args, kwargs)
         deployed = reversible_stack.as_deployed()
         if deployed:
             reversible_stack.end()  # what a forward pass cut short may have left
@@ -136,7 +135,7 @@ class ReversibleLayer(nn.Module):
             self._tell_hooks(hidden, args, kwargs, output)
             return output
         try:
-            return self._coupled(placement, self._compiler(placement, around), hidden, args, kwargs)
+            return self._coupled(placement, self._compiler(placement, around), modules, hidden, args, kwargs)
         except BaseException:
             reversible_stack.end()
             raise
@@ -150,10 +149,30 @@ class ReversibleLayer(nn.Module):
         options = surrounding(around)
         return self.compiler if options is None else placement.reversible_stack.compiler(options)
 
+    def _frozen(self, reversible_stack: ReversibleStack, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The layer as it is, without gradients of its own weights; what lies below it gets its gradients through it.
+
+        That may be embeddings, prompts, a vision tower before the stack, and an encoder beside it.
+        """
+        if not torch.is_grad_enabled():
+            return self.pretrained(hidden, *args, **kwargs)
+        with (
+            reversible_stack.weights_fixed(self.pretrained),
+            torch.set_grad_enabled(hidden.requires_grad or requiring(args, kwargs)),
+        ):
+            return self.pretrained(hidden, *args, **kwargs)
+
     def _coupled(
-        self, placement: Placement, compiler: Compiler | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+        self,
+        placement: Placement,
+        compiler: Compiler | None,
+        modules: tuple[nn.Module, ...],
+        hidden: Tensor,
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> Any:
         reversible_stack = placement.reversible_stack
+        self._refuse_wrapped(placement)
         tape = reversible_stack.tape(placement.index, hidden)
         position = reversible_stack.plan.frozen_layers + tape.position
         # Of a stack in training every layer is rebuilt, also one that was put into evaluation for its dropout.
@@ -162,7 +181,7 @@ class ReversibleLayer(nn.Module):
         )
         call = CallArguments(args, kwargs, placement.name)
         vet = reversible and reversible_stack.vet(placement.index)
-        layer = self._layer(placement, call, hidden, compiler, vet=vet)
+        layer = self._layer(placement, call, hidden, compiler, modules, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
         last = position == reversible_stack.depth - 1
         if last:
@@ -178,22 +197,29 @@ class ReversibleLayer(nn.Module):
         """The ordinary layer with the same adapters: f beside its feed-forward, g behind the layer."""
         layer = self._whole(placement, placement.f, run)
 
-        def forward(hidden: Tensor) -> Any:
-            output = layer(hidden, args, kwargs)
+        def forward(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            with unflagged(self.pretrained):
+                output = layer(hidden, args, kwargs)
             if placement.g is None:
                 return output
             state, _ = split_output(output, hidden, placement.name)
             return _with_state(output, state + placement.g(state))
 
-        if getattr(self.pretrained, "gradient_checkpointing", False):
-            # Its own would leave the adapters out of what is run again.
-            self.gradient_checkpointing, self.pretrained.gradient_checkpointing = True, False
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(forward, hidden)
-        return forward(hidden)
+        # The layer's own checkpointing would leave the adapters out of what is run again. Its flag decides, if it has
+        # one: Transformers may set it on every other layer.
+        if getattr(self.pretrained, FLAG, self.gradient_checkpointing) and self.training and torch.is_grad_enabled():
+            return checkpointed(self._gradient_checkpointing_func, forward, hidden, args, kwargs)
+        return forward(hidden, args, kwargs)
 
     def _layer(
-        self, placement: Placement, call: CallArguments, hidden: Tensor, compiler: Compiler | None, *, vet: bool
+        self,
+        placement: Placement,
+        call: CallArguments,
+        hidden: Tensor,
+        compiler: Compiler | None,
+        modules: tuple[nn.Module, ...],
+        *,
+        vet: bool,
     ) -> LayerCall:
         """Describes this call to the engine: the functions F and G of the coupling's table."""
         coupling = placement.reversible_stack.plan.coupling
@@ -219,7 +245,6 @@ class ReversibleLayer(nn.Module):
             functions = {main: call.function(main, self._whole(placement, inside, runner))}
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
-        modules = (self.pretrained, *modules_of(self))
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
         parameters = tuple(own.values())
         compiled = compiler is not None or any(map(is_compiled, modules))
@@ -232,7 +257,7 @@ class ReversibleLayer(nn.Module):
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             if placement.reversible_stack.plan.coupling is not None:
                 # TRL switches it on again between the forward pass and the recomputation.
-                self._switch_off_checkpointing()
+                self._switch_off_checkpointing((layer,), placement.reversible_stack)
             with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
                 return runner(whole, layer, hidden, args, kwargs)
 
@@ -264,7 +289,7 @@ class ReversibleLayer(nn.Module):
     def _heard(self) -> bool:
         """Tells whether a forward hook of the pretrained layer listens; those that record outputs often do not."""
         hooks = self.pretrained._forward_hooks.values()
-        return any(recording() or not _records(hook) for hook in hooks)
+        return any(recording() or not records(hook) for hook in hooks)
 
     def _tell_hooks(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Shows the pretrained layer's forward hooks (output recording) the hidden state a user should see."""
@@ -280,20 +305,41 @@ class ReversibleLayer(nn.Module):
                     "pass that on, since its second stream would not know. Remove the hook."
                 )
 
-    def _unpack(self) -> None:
+    def _unpack(self, modules: Sequence[nn.Module]) -> None:
         """Takes back what bitsandbytes does to 4-bit weights evaluated on a CPU: packed ones pass no gradient on."""
-        for module in modules_of(self):
+        for module in modules:
             quantised = getattr(module._parameters.get("weight"), "quant_state", None)
             if getattr(quantised, "packing_format_for_cpu", False):
                 # Unpacks the weights of the module itself, as it is always asked to before saving.
                 module.state_dict()
 
-    def _switch_off_checkpointing(self) -> None:
-        if self.gradient_checkpointing or getattr(self.pretrained, "gradient_checkpointing", False):
-            self.gradient_checkpointing = self.pretrained.gradient_checkpointing = False
-            logger.warning_once(
-                "Gradient checkpointing is redundant on reversible layers, which keep no activations, and was switched "
-                "off for them."
+    def _switch_off_checkpointing(self, modules: Sequence[nn.Module], reversible_stack: ReversibleStack) -> None:
+        """Takes Transformers' flags off the layer and what is in it, until the layer is given back."""
+        found = flagged(modules)
+        if not found:
+            return
+        for module in found:
+            # The wrapper's own is noted for the layer, which does not see it.
+            layer = self.pretrained if module is self else module
+            vars(module)[FLAG] = False
+            if hasattr(layer, FLAG):
+                reversible_stack.note_change(layer, FLAG, True)
+                checkpoint = vars(self).get("_gradient_checkpointing_func")
+                if module is self and checkpoint is not None:
+                    vars(layer)["_gradient_checkpointing_func"] = checkpoint
+        logger.warning_once(
+            "Gradient checkpointing is redundant on reversible layers, which keep no activations, and was switched "
+            "off for them."
+        )
+
+    def _refuse_wrapped(self, placement: Placement) -> None:
+        """An activation wrapper around this one would run it again by itself, outside of a pass through the stack."""
+        held = placement.reversible_stack.layers[placement.index]
+        if held is not self and is_wrapped(held):
+            raise UnsupportedModelError(
+                f"{placement.name} is reversible, and {type(uncompiled(held)).__name__} was put around it, which would "
+                "run it a second time by itself. Reversible layers keep no activations: leave the wrapper out, or call "
+                "the model that holds the stack, which takes it off."
             )
 
     def _refuse_replica(self, placement: Placement) -> None:
@@ -342,8 +388,3 @@ def _compiled(compiler: Compiler, *given: Any) -> Any:
 
 def _with_state(output: Any, state: Tensor) -> Any:
     return state if isinstance(output, Tensor) else type(output)((state, *output[1:]))
-
-
-def _records(hook: Any) -> bool:
-    """Tells whether a forward hook is one with which Transformers records outputs."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -32,7 +32,7 @@ class Plan:
         coupling: how streams pass through a layer; None leaves the layers uncoupled, as they are.
         arithmetic: how streams are stored and inverted.
         reversible: rebuild activations in the backward pass; otherwise keep them.
-        frozen_layers: lowest layers that run without adapters and without any backward pass.
+        frozen_layers: lowest layers that run as they are, without adapters or gradients of their weights.
         cached_layers: highest layers that keep their activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: layers between streams that are kept, or None.

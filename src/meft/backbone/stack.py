@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from meft.engine.engine import Tape
-from meft.errors import ConfigError, UnsupportedModelError
+from meft.errors import ConfigError, MeftWarning, UnsupportedModelError
+from meft.loss import refresh
 
 from .adapters import Bottleneck
+from .checkpointing import inside, is_wrapped, warn_dropped
 from .compilation import Compiler
 from .plan import Plan
 
@@ -32,6 +36,7 @@ class ReversibleStack:
         changes: what conversion changed besides the layers, as (object, attribute, value before).
         hooks: handles of the hooks that conversion put on the model.
         compilers: those that layers are compiled with, one for each set of options.
+        heads: models whose output embedding takes its loss in tiles, also one that is put in later.
     """
 
     plan: Plan
@@ -42,8 +47,10 @@ class ReversibleStack:
     changes: list[tuple[Any, str, Any]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     compilers: list[Compiler] = field(default_factory=list, repr=False, compare=False)
+    heads: list[Any] = field(default_factory=list, repr=False, compare=False)
     _running: dict[int, Tape] = field(default_factory=dict, repr=False)
     _vetted: set[int] = field(default_factory=set, repr=False)
+    _said: set[str] = field(default_factory=set, repr=False)
 
     @property
     def depth(self) -> int:
@@ -122,8 +129,71 @@ class ReversibleStack:
             f"{self.model} changes the hidden state between {self.name}.{index - 1} and {self.name}.{index}: layer "
             f"{index} was given another tensor (shape {tuple(hidden.shape)}) than layer {index - 1} returned, or "
             "one modified in place, and what happened in between would be lost in the second stream. Remove the "
-            f"hook or code between these layers, or freeze the layers below with frozen_layers={index}."
+            f"hook or code between these layers, or leave the layers below uncoupled and untrained with "
+            f"frozen_layers={index}: what lies below those trains on through them."
         )
+
+    @contextmanager
+    def weights_fixed(self, layer: nn.Module) -> Iterator[None]:
+        """Lets gradients through a frozen layer, and none to its weights; says so once if some ask for them."""
+        asking = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        if asking and self._first("frozen"):
+            warnings.warn(
+                f"{len(asking)} parameters of {self.name} of {self.model} require gradients, but lie in the lowest "
+                f"{self.plan.frozen_layers} layers, which frozen_layers={self.plan.frozen_layers} keeps as they are: "
+                "they get none. Choose a smaller frozen_layers to train them, or freeze them (requires_grad_(False)).",
+                MeftWarning,
+                stacklevel=2,
+            )
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(True)
+
+    def note_change(self, target: Any, attribute: str, before: Any) -> None:
+        """Notes, once, what `undo` is to give an attribute back that is changed in training."""
+        if not any(changed is target and name == attribute for changed, name, _ in self.changes):
+            self.changes.append((target, attribute, before))
+
+    def unwrap(self, model: nn.Module, args: Any) -> None:
+        """A forward pre-hook on the model whose loop runs the layers: takes activation wrappers off them."""
+        if torch.compiler.is_compiling():
+            return
+        found = [index for index, layer in enumerate(self.layers) if is_wrapped(layer)]
+        if not found or self.plan.coupling is None:
+            return
+        warn_dropped([self.layer_name(index) for index in found], self.layers[found[0]])
+        for index in found:
+            self.layers[index] = inside(self.layers[index])
+
+    def hear_cache(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook on the model that was passed in: says once that a cache the caller passes stays empty.
+
+        One that a model makes for itself, because its configuration says use_cache, is left out without a warning.
+        """
+        cache = kwargs.get("past_key_values")
+        if cache is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.in_training():
+            return
+        # A filled one is refused by the first layer.
+        filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else True
+        if not filled and self._first("cache"):
+            warnings.warn(
+                "A key-value cache is of no use in training with reversible layers: the past_key_values passed to "
+                f"{type(model).__name__} are set aside and stay empty. Leave them out in training, or call the model "
+                "under torch.no_grad() to fill them.",
+                MeftWarning,
+                stacklevel=2,
+            )
+
+    def _first(self, word: str) -> bool:
+        """Tells once for every word that it has not been said."""
+        if word in self._said:
+            return False
+        self._said.add(word)
+        return True
 
     def end(self) -> None:
         """Forgets the running forward pass; its graph, if any, keeps the tape alive."""
@@ -170,6 +240,8 @@ class ReversibleStack:
 
     def _start(self, hidden: Tensor) -> Tape:
         self.end()
+        for model in self.heads:
+            refresh(model)
         if not hidden.is_floating_point():
             raise UnsupportedModelError(
                 f"The hidden state of {self.model} that enters {self.name} has dtype {hidden.dtype}. Reversible layers "

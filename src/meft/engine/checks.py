@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meft.errors import DoubleBackwardError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
+from meft.errors import DoubleBackwardError, MeftError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
 
 from .sharding import refuse_flat
 from .tape import Tape, version_of
+
+_REENTRANT = re.compile(r"use_reentrant=True|[Cc]heckpointing is not compatible with \.grad")
+"""How PyTorch and FairScale say that their checkpointing was reached by something else than `.backward()`."""
 
 
 def check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> None:
@@ -62,6 +67,26 @@ def nodes_of(values: tuple[Tensor, ...]) -> Iterator[Any]:
             if child is not None and child not in seen:
                 seen.add(child)
                 pending.append(child)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says what an error of reentrant checkpointing means here.
+
+    Raises:
+        UnsupportedModelError: something inside a layer can be differentiated by `.backward()` alone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, MeftError) or not _REENTRANT.search(str(error)):
+            raise
+        raise UnsupportedModelError(
+            "A module inside a reversible layer runs under reentrant activation checkpointing (torch.utils.checkpoint "
+            "with use_reentrant=True, or FairScale's checkpoint_wrapper), which calls backward() by itself and cannot "
+            "be differentiated as a part of the layer. Use use_reentrant=False inside the layers, or leave it out: "
+            "reversible layers keep no activations. This step's gradients were not applied."
+        ) from error
 
 
 def check_backward(ctx: Any) -> None:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .checks import check_backward, check_leaves, check_programs, programs_of
+from .checks import check_backward, check_leaves, check_programs, explained, programs_of
 from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad
 from .routes import Attach, Readout, Route, placeholder
@@ -188,7 +188,9 @@ class _ReversibleStep(torch.autograd.Function):
         check_backward(ctx)
         tape, layer = ctx.tape, ctx.layer
         anchored = tape.anchored(ctx.level - 1)
-        anchor, residues = ctx.saved_tensors[: 2 * anchored], ctx.saved_tensors[2 * anchored :]
+        # Asked for once: checkpointing around the stack gives them a single time.
+        saved = ctx.saved_tensors
+        anchor, residues = saved[: 2 * anchored], saved[2 * anchored :]
         streams, gradients = tape.take_outputs(ctx.level), (gradient1, gradient2)
         if ctx.last:
             streams, gradients = tape.coupling.switched(streams), tape.coupling.switched(gradients)
@@ -282,7 +284,8 @@ def _undo_step(
         source: Tensor | None = None
         values: tuple[Tensor, ...] = ()
         if snapshot is not None:
-            with torch.enable_grad(), private_graph(), snapshot.replayed(drawn):
+            disturbed = tape.note_disturbance if index == len(parts) - 1 else None
+            with torch.enable_grad(), private_graph(), snapshot.replayed(drawn, disturbed):
                 source, values = _run(tape, layer, step, tile, outside)
             programs += programs_of(values) if layer.compiled else ()
         # Edges of the graph instead of its outputs: what the function returned is not needed once it is subtracted.
@@ -356,7 +359,8 @@ class _Tiled:
         wanted = (*pending.leaves, source) if pending.below and source is not None else tuple(pending.leaves)
         if not known or not wanted:
             return
-        found = torch.autograd.grad([edge for edge, _ in known], wanted, [g for _, g in known], allow_unused=True)
+        with explained():
+            found = torch.autograd.grad([edge for edge, _ in known], wanted, [g for _, g in known], allow_unused=True)
         for index in range(len(pending.leaves)):
             pending.rest[index] = _added(pending.rest[index], found[index])
         if len(wanted) > len(pending.leaves) and found[-1] is not None:

@@ -7,7 +7,7 @@ leaves the surrounding state as it found it. Nothing is kept on modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +47,13 @@ class RngState:
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def fingerprint(self) -> int | None:
+        """A number by which two states can be told apart; None where tensors have no values."""
+        if on_fake_tensors():
+            return None
+        states = (self.cpu,) if self.accelerator is None else (self.cpu, self.accelerator)
+        return hash(tuple(state.numpy().tobytes() for state in states))
 
     def same_as(self, other: RngState) -> bool:
         if on_fake_tensors():
@@ -91,6 +98,8 @@ class Autocast:
 class Snapshot:
     """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any.
 
+    `hooks` are those of modules that have any: PEFT and users put some on for the duration of a forward pass.
+    `after` tells the generators' states when the call was done, if it drew any.
     `buffers` are those that the call updates (running statistics of a batch norm): a second call must not do it again.
     `programs` are the compiled ones that it ran.
     """
@@ -102,6 +111,8 @@ class Snapshot:
     training: tuple[bool, ...]
     buffers: tuple[tuple[nn.Module, str, int], ...] = ()
     programs: tuple[type, ...] = ()
+    hooks: tuple[tuple[nn.Module, Hooks], ...] = ()
+    after: int | None = None
 
     @classmethod
     def take(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> Snapshot:
@@ -119,23 +130,32 @@ class Snapshot:
                 for name, buffer in module._buffers.items()
                 if buffer is not None and not buffer.is_inference()
             ),
+            hooks=tuple((module, _hooks_of(module)) for module in modules if _has_hooks(module)),
         )
 
     def settled(self, programs: tuple[type, ...] = ()) -> Snapshot:
         """Keeps what the call just made turned out to need: no generator states (5 kB on a CPU) if it drew nothing."""
-        rng = self.rng
-        if rng is not None and rng.same_as(RngState.take(rng.device)):
-            rng = None
+        rng, after = self.rng, None
+        if rng is not None:
+            present = RngState.take(rng.device)
+            if rng.same_as(present):
+                rng = None
+            else:
+                after = present.fingerprint()
         buffers = tuple(entry for entry in self.buffers if _updated(*entry))
-        return replace(self, rng=rng, buffers=buffers, programs=programs)
+        return replace(self, rng=rng, buffers=buffers, programs=programs, after=after)
 
     @contextmanager
-    def replayed(self, drawn: list[RngState] | None = None) -> Iterator[None]:
+    def replayed(
+        self, drawn: list[RngState] | None = None, disturbed: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """Puts the recorded state in place and, on leaving, the surrounding state back.
 
         Args:
             drawn: an empty list, the same for all parts of a call that is made again piece by piece: random numbers
                 then go on where the part before left off.
+            disturbed: called, after the last part, if the generators did not come to where the call had left them:
+                somebody else has drawn from them during one of the two.
         """
         with ExitStack() as stack:
             for autocast in self.autocast:
@@ -143,12 +163,16 @@ class Snapshot:
             stack.enter_context(_sdpa(self.sdpa))
             stack.enter_context(_training(self.modules, self.training))
             stack.enter_context(_spared(self.buffers))
+            stack.enter_context(_hooked(self.modules, self.hooks))
             if self.rng is not None:
                 stack.callback(RngState.take(self.rng.device).put)
                 (drawn[-1] if drawn else self.rng).put()
             yield
             if self.rng is not None and drawn is not None:
                 drawn[:] = [RngState.take(self.rng.device)]
+            after = None if self.rng is None or disturbed is None else RngState.take(self.rng.device).fingerprint()
+            if disturbed is not None and after is not None and after != self.after:
+                disturbed()
 
 
 @contextmanager
@@ -172,12 +196,13 @@ def _training(modules: Sequence[nn.Module], wanted: Sequence[bool]) -> Iterator[
     """The user may have called `eval()` between the forward and the backward pass; autograd would not care."""
     changed = [(m, m.training) for m, flag in zip(modules, wanted, strict=True) if m.training != flag]
     try:
+        # Not by attribute: a reversible layer hands its flag on to the layer it stands for, which has an entry here.
         for module, present in changed:
-            module.training = not present
+            vars(module)["training"] = not present
         yield
     finally:
         for module, present in changed:
-            module.training = present
+            vars(module)["training"] = present
 
 
 def _updated(module: nn.Module, name: str, version: int) -> bool:
@@ -197,6 +222,65 @@ def _spared(buffers: Sequence[tuple[nn.Module, str, int]]) -> Iterator[None]:
     finally:
         for module, name, original in originals:
             module._buffers[name] = original
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+Hooks = tuple[dict[int, Any], ...]
+"""The forward hooks of a module, in the registries of `_HOOKS`."""
+
+
+def of_one_call(hook: Any) -> Any:
+    """Marks a hook that is put on by a call for itself, and is none of those that a call must find again."""
+    hook.of_one_call = True
+    return hook
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _lasting(hooks: dict[int, Any]) -> dict[int, Any]:
+    return {identity: hook for identity, hook in hooks.items() if not getattr(hook, "of_one_call", False)}
+
+
+def _hooks_of(module: nn.Module) -> Hooks:
+    before, flags, after, *more = (getattr(module, name).copy() for name in _HOOKS)
+    return (_lasting(before), flags, _lasting(after), *more)
+
+
+@contextmanager
+def _hooked(modules: Sequence[nn.Module], wanted: Sequence[tuple[nn.Module, Hooks]]) -> Iterator[None]:
+    """Lets modules have the forward hooks that they had, also those that were taken off or put on since.
+
+    Hooks of one call, of another thread at present, stay where they are.
+    """
+    recorded = {id(module): hooks for module, hooks in wanted}
+    changed = []
+    for module in modules:
+        hooks = recorded.get(id(module))
+        if hooks is None and not _has_hooks(module):
+            continue
+        hooks = hooks or ({}, {}, {}, {}, {})
+        present = tuple(getattr(module, name) for name in _HOOKS)
+        if hooks[0] == _lasting(present[0]) and hooks[2] == _lasting(present[2]):
+            continue
+        changed.append((module, present))
+        for name, was, now in zip(_HOOKS, hooks, present, strict=True):
+            passing = {identity: hook for identity, hook in now.items() if getattr(hook, "of_one_call", False)}
+            setattr(module, name, type(now)({**was, **passing}))
+    try:
+        yield
+    finally:
+        for module, present in changed:
+            for name, value in zip(_HOOKS, present, strict=True):
+                setattr(module, name, value)
 
 
 @contextmanager

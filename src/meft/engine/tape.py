@@ -121,6 +121,8 @@ class Tape:
         self.visible: Tensor | None = None
         self.show(hidden)
         self._shared = self.observer is not None or anchor_every is not None
+        # Whether somebody else drew random numbers while a layer did.
+        self.disturbed = False
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -266,6 +268,10 @@ class Tape:
         layer, step = divmod(level, len(self.coupling.steps))
         return self.anchor_every is not None and step == 0 and layer > 0 and layer % self.anchor_every == 0
 
+    def note_disturbance(self) -> None:
+        """Notes, for the message if anything is amiss, that a layer's random numbers may not be those it had."""
+        self.disturbed = True
+
     def leave_inputs(self, level: int, streams: Streams, anchor: Streams | None, *, last: bool) -> None:
         """Takes back the streams above `level` steps that a node rebuilt.
 
@@ -327,12 +333,17 @@ def _expected(peaks: dict[int, float], first: int) -> float:
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
     differing = int((x1 != x2).sum())
     largest = float((tape.arithmetic.decode(x1, torch.float64) - tape.arithmetic.decode(x2, torch.float64)).abs().max())
+    numbers = (
+        " The layer did not draw the same random numbers either: it ran otherwise, or something else drew from its "
+        "generator meanwhile. PyTorch has one for all threads of a process: run the passes of different threads one "
+        "after the other, switch dropout off, or give each thread a process of its own."
+    )
     return (
         f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up to "
         f"{largest:.3g}. A layer returned other values in the recomputation than in the forward pass; the likely cause "
         "is a nondeterministic kernel, random numbers from outside PyTorch's generators, or state that changed in "
         "between. Call torch.use_deterministic_algorithms(True), choose another attention implementation, or use "
-        'backward="cached". This step\'s gradients were not applied.'
+        'backward="cached".' + (numbers if tape.disturbed else "") + " This step's gradients were not applied."
     )
 
 

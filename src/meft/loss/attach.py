@@ -64,18 +64,29 @@ def attach(model: nn.Module) -> list[Change]:
         What was changed, for an `undo` of the caller's own; empty if nothing was, or all of it before.
     """
     # Not at the head: importing PEFT imports the tuner (`meft.lazy`), which imports this module.
-    from peft.utils import ModulesToSaveWrapper
 
     changes: list[Change] = []
     for inner in model.modules():
         if not isinstance(inner, PreTrainedModel):
             continue
-        head = inner.get_output_embeddings()
-        for linear in head.modules() if isinstance(head, ModulesToSaveWrapper) else (head,):
+        for linear in _linears(inner):
             if type(linear) is nn.Linear:
                 changes.append((linear, "__class__", nn.Linear))
                 linear.__class__ = FusedLinear
     return changes
+
+
+def heads(model: nn.Module) -> list[PreTrainedModel]:
+    """The models inside a model whose output embedding `attach` has changed."""
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in inner if any(type(linear) is FusedLinear for linear in _linears(module))]
+
+
+def refresh(model: PreTrainedModel) -> None:
+    """Changes an output embedding that was put in since `attach`: `resize_token_embeddings` makes a new one."""
+    for linear in _linears(model):
+        if type(linear) is nn.Linear:
+            linear.__class__ = FusedLinear
 
 
 def detach(model: nn.Module) -> None:
@@ -83,6 +94,15 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FusedLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _linears(model: PreTrainedModel) -> list[Any]:
+    """A model's output embedding, with the copies that PEFT trains of it."""
+    # Not at the head: importing PEFT imports the tuner (`meft.lazy`), which imports this module.
+    from peft.utils import ModulesToSaveWrapper
+
+    head = model.get_output_embeddings()
+    return list(head.modules()) if isinstance(head, ModulesToSaveWrapper) else [head]
 
 
 def _computed_in(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from meft.backbone.adapters import INIT_STD
 from meft.backbone.plan import Plan, check_choice, check_integer
 from meft.engine.couplings import COUPLINGS
 from meft.errors import CheckpointError, ConfigError
@@ -32,6 +33,10 @@ class MeftConfig(PeftConfig):
         coupling: "meft1", "meft2", "meft3" or "momentum" (`couplings`); "adapter" trains the same adapters on the
             ordinary layers, which are then not reversible.
         bottleneck_dim: width of the adapters, at least 1.
+        adapter_dropout: probability with which an element of a bottleneck is dropped in training, by `nn.Dropout`
+            modules beside the adapters; None for the dropout of hidden states that the model's configuration names.
+        adapter_init_std: standard deviation of the adapters' initial weights; at 0 neither projection gets a gradient.
+        adapter_norm: whether what an adapter reads passes through a `LayerNorm` of its own, which is trained.
         lam: factor of the first stream; None for the coupling's own (0.1, 1, 0.1). In exact arithmetic 1/m with m an
             integer up to 256, as beta and gamma.
         beta: factor of the second stream; None for the coupling's own (1, 0.1, 0.1).
@@ -42,7 +47,8 @@ class MeftConfig(PeftConfig):
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
         fraction_bits: binary places of exact streams: "auto" follows the hidden state that enters; 4 to 24 holds hidden
             states in +-2**(31 - fraction_bits).
-        frozen_layers: lowest layers of each stack, without adapters and without any backward pass.
+        frozen_layers: lowest layers of each stack, without adapters, and without any backward pass unless something
+            below or beside them is trained (new tokens, an encoder), whose gradients pass through them.
         cached_layers: highest layers of each stack, with stored activations.
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
@@ -66,6 +72,9 @@ class MeftConfig(PeftConfig):
 
     coupling: str = field(default="meft1", metadata={"help": "meft1, meft2, meft3, momentum, or adapter."})
     bottleneck_dim: int = field(default=8, metadata={"help": "Width of the adapters."})
+    adapter_dropout: float | None = field(default=None, metadata={"help": "Dropout of adapters; None: the model's."})
+    adapter_init_std: float = field(default=INIT_STD, metadata={"help": "Initial standard deviation of the adapters."})
+    adapter_norm: bool = field(default=False, metadata={"help": "A layer norm before each adapter."})
     lam: float | None = field(default=None, metadata={"help": "Factor of the first stream."})
     beta: float | None = field(default=None, metadata={"help": "Factor of the second stream."})
     gamma: float | None = field(default=None, metadata={"help": "Factor of momentum."})
@@ -99,6 +108,11 @@ class MeftConfig(PeftConfig):
             self.output = tuple(self.output)
         check_choice("coupling", self.coupling, (*COUPLINGS, ADAPTER_ONLY))
         check_integer("bottleneck_dim", self.bottleneck_dim, 1)
+        if self.adapter_dropout is not None:
+            _check_number("adapter_dropout", self.adapter_dropout, "a probability from 0 up to, but not, 1, or None", 1)
+        _check_number("adapter_init_std", self.adapter_init_std, "a number from 0 up", float("inf"))
+        if not isinstance(self.adapter_norm, bool):
+            raise ConfigError(f"adapter_norm={self.adapter_norm!r} is no choice. Valid: True or False.")
         if self.target_modules is not None:
             raise ConfigError(
                 f"target_modules={self.target_modules!r} is not an option of MEFT, which takes every layer of every "
@@ -150,6 +164,11 @@ class MeftConfig(PeftConfig):
                     f'{name}={value!r} was given, but coupling="adapter" couples nothing. Leave {name} out, or choose '
                     f"one of {', '.join(COUPLINGS)}."
                 )
+
+
+def _check_number(name: str, value: Any, valid: str, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+        raise ConfigError(f"{name}={value!r} is out of range. Valid: {valid}. Use one of these.")
 
 
 def check_safetensors(path: str) -> None:

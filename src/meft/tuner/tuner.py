@@ -6,6 +6,7 @@ them is what the couplings see.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,14 +21,16 @@ from transformers.utils import logging
 
 from meft.backbone.adapters import Bottleneck, new_projections
 from meft.backbone.architectures import feed_forward_of
+from meft.backbone.checkpointing import inside, is_wrapped, warn_dropped
 from meft.backbone.compilation import is_compiled
-from meft.backbone.conversion import name_units, prepare_stack, undo
+from meft.backbone.conversion import name_units, prepare_stacks, undo
 from meft.backbone.discovery import Stack, find_stacks, pretrained_of
 from meft.backbone.layers import ReversibleLayer
+from meft.backbone.plan import Plan
 from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.sharding import refuse_sharded
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
-from meft.loss import attach, detach
+from meft.loss import attach, detach, heads
 
 from .config import ADAPTER_ONLY, MeftConfig
 from .peft_type import MEFT
@@ -60,8 +63,15 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         index: the layer's position.
     """
 
-    adapter_layer_names = ("meft_f_down", "meft_f_up", "meft_g_down", "meft_g_up")
-    other_param_names = ("meft_places",)
+    adapter_layer_names = ("meft_f_down", "meft_f_up", "meft_f_norm", "meft_g_down", "meft_g_up", "meft_g_norm")
+    other_param_names = ("meft_places", "meft_f_dropout", "meft_g_dropout")
+    own_names = ReversibleLayer.own_names | {
+        "base_layer",
+        "reversible_stacks",
+        "merged_adapters",
+        *adapter_layer_names,
+        *other_param_names,
+    }
 
     def __init__(
         self,
@@ -74,7 +84,7 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = layer
-        for name in self.adapter_layer_names:
+        for name in (*self.adapter_layer_names, "meft_f_dropout", "meft_g_dropout"):
             setattr(self, name, nn.ModuleDict())
         self.meft_places: dict[str, tuple[ReversibleStack, int, Callable[[Tensor], Tensor], float]] = {}
         # Those of deleted adapters too: what they changed is taken back when the layer is.
@@ -96,16 +106,22 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         self, adapter_name: str, stack: Stack, config: MeftConfig, reversible_stack: ReversibleStack, index: int
     ) -> None:
         """Adds an adapter to this layer; a frozen layer gets none."""
-        self.meft_places[adapter_name] = (reversible_stack, index, _activation(stack), _dropout(stack))
+        dropout = _dropout(stack) if config.adapter_dropout is None else config.adapter_dropout
+        self.meft_places[adapter_name] = (reversible_stack, index, _activation(stack), dropout)
         self.reversible_stacks.append(reversible_stack)
         if reversible_stack.frozen(index):
             return
         # The parallel adapter must have a place before anything is changed.
         feed_forward_of(self.base_layer, reversible_stack.layer_name(index), config.feedforward_module)
         for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
-            down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
-            getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
-            getattr(self, f"meft_{function}_up")[adapter_name] = up.to(self._reference().dtype)
+            down, up = new_projections(stack.hidden_size, config.bottleneck_dim, config.adapter_init_std)
+            parts: dict[str, nn.Module] = {"down": down, "up": up}
+            if config.adapter_norm:
+                parts["norm"] = nn.LayerNorm(stack.hidden_size)
+            for part, module in parts.items():
+                getattr(self, f"meft_{function}_{part}")[adapter_name] = module.to(self._reference().dtype)
+            # A module, so that what switches dropout off in a model (TRL's trainers do) finds it.
+            getattr(self, f"meft_{function}_dropout")[adapter_name] = nn.Dropout(dropout).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def placement(self) -> Placement | None:
@@ -113,8 +129,8 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         if not active:
             return None
         _check_single(active)
-        reversible_stack, index, activation, dropout = self.meft_places[active[0]]
-        f, g = (self._bottleneck(function, active[0], activation, dropout) for function in ("f", "g"))
+        reversible_stack, index, activation, _ = self.meft_places[active[0]]
+        f, g = (self._bottleneck(function, active[0], activation) for function in ("f", "g"))
         return Placement(reversible_stack, index, f, g)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -133,12 +149,21 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         return self
 
     def _bottleneck(
-        self, function: str, adapter_name: str, activation: Callable[[Tensor], Tensor], dropout: float
+        self, function: str, adapter_name: str, activation: Callable[[Tensor], Tensor]
     ) -> Bottleneck | None:
-        down, up = getattr(self, f"meft_{function}_down"), getattr(self, f"meft_{function}_up")
+        down, up, dropout, norm = (
+            getattr(self, f"meft_{function}_{part}") for part in ("down", "up", "dropout", "norm")
+        )
         if adapter_name not in down:
             return None
-        return Bottleneck(down[adapter_name], up[adapter_name], activation, dropout, self)
+        return Bottleneck(
+            down[adapter_name],
+            up[adapter_name],
+            activation,
+            dropout[adapter_name],
+            self,
+            norm[adapter_name] if adapter_name in norm else None,  # noqa: SIM401 (a ModuleDict has no get)
+        )
 
     def _reference(self) -> Tensor:
         """The parameter whose device and dtype adapters follow: a whole layer has no weight of its own."""
@@ -184,10 +209,12 @@ class MeftModel(BaseTuner):
                     _refuse_compiled(layer, reversible_stack.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, reversible_stack, index)
         self._places = places
-        for stack, reversible_stack in {
-            id(reversible_stack): (stack, reversible_stack) for stack, reversible_stack, _ in places.values()
-        }.values():
-            prepare_stack(stack, reversible_stack)
+        _refuse_held_elsewhere(model, stacks)
+        _refuse_saved_inside(model, stacks, config)
+        for stack in stacks:
+            _take_wrappers_off(stack, plan)
+        pairs = {id(reversible_stack): (stack, reversible_stack) for stack, reversible_stack, _ in places.values()}
+        prepare_stacks(model, list(pairs.values()))
         name_units(model, stacks, next(iter(places.values()))[1], MeftLayer.__name__)
         _train_head(model, config)
         # Which layers are taken follows from the model, not from the names in a state dict.
@@ -195,6 +222,7 @@ class MeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
         if config.fused_loss and config.coupling != ADAPTER_ONLY:
             attach(model)
+            next(iter(pairs.values()))[1].heads.extend(heads(model))
 
     def _check_target_module_exists(self, peft_config: MeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._places
@@ -329,6 +357,66 @@ def _refuse_shared(stack: Stack) -> None:
             f"{stack.name} of {type(stack.owner).__name__} holds the same layer several times, which would share one "
             "set of adapters. Use make_reversible with LoRA, or give each place a layer of its own."
         )
+
+
+def _refuse_held_elsewhere(model: nn.Module, stacks: list[Stack]) -> None:
+    """PEFT puts an adapter where it meets a layer first; another place that holds the layer would run it without."""
+    names = {id(pretrained_of(layer)): f"{stack.name}.{i}" for stack in stacks for i, layer in enumerate(stack.layers)}
+    lists = {id(stack.layers): stack.name for stack in stacks}
+    for path, module in model.named_modules():
+        if isinstance(module, MeftLayer):
+            continue
+        for child, held in module._modules.items():
+            if held is None or inside(module) is not module:
+                continue
+            name = names.get(id(pretrained_of(held)))
+            if name is not None and name != f"{lists.get(id(module))}.{child}":
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} holds the layer {name} as {path + '.' if path else ''}{child} as well, "
+                    "which would run without the adapter that stands in the other place. Use make_reversible with "
+                    "LoRA, delete one of the two places, or hold the whole list of layers under two names."
+                )
+
+
+def _refuse_saved_inside(model: nn.Module, stacks: list[Stack], config: MeftConfig) -> None:
+    """PEFT keeps `modules_to_save` from the children of a layer that a tuner holds, when it has changed the model."""
+    for chosen in config.modules_to_save or ():
+        for stack in stacks:
+            for index, layer in enumerate(stack.layers):
+                place = f"{stack.name}.{index}"
+                children = [f"{place}.{child}" for child, _ in pretrained_of(layer).named_children()]
+                above = [place[: end.start()] for end in re.finditer(r"\.", place)]
+                met = next((name for name in (*children, place, *above) if name.endswith(chosen)), None)
+                if met is not None:
+                    deeper = next((n for n, _ in pretrained_of(layer).named_modules() if n.count(".")), None)
+                    also = f", one further inside ({deeper!r})" if deeper and met in children else ""
+                    raise ConfigError(
+                        f"modules_to_save={config.modules_to_save!r}: {chosen!r} names {met} of {type(model).__name__} "
+                        "(PEFT compares the ends of names), and a module of which a MEFT layer consists cannot be "
+                        f"copied aside. Valid: modules outside of {stack.name}{also}. To train weights of the layers "
+                        "themselves use make_reversible with LoRA, whose modules_to_save may name them."
+                    )
+
+
+def _take_wrappers_off(stack: Stack, plan: Plan) -> None:
+    """Takes activation wrappers off layers that are to be reversible.
+
+    Raises:
+        UnsupportedModelError: the layers are not to be coupled, so that the wrappers have a purpose.
+    """
+    wrapped = [index for index, layer in enumerate(stack.layers) if is_wrapped(layer)]
+    if not wrapped:
+        return
+    names = [f"{stack.name}.{index} of {type(stack.owner).__name__}" for index in wrapped]
+    if plan.coupling is None:
+        raise UnsupportedModelError(
+            f"{names[0]} is inside a {type(stack.layers[wrapped[0]]).__name__}, where adapters cannot be placed. Add "
+            "the adapter first and put the wrappers around its layers afterwards, or use "
+            "model.gradient_checkpointing_enable()."
+        )
+    warn_dropped(names, stack.layers[wrapped[0]])
+    for index in wrapped:
+        stack.layers[index] = inside(stack.layers[index])
 
 
 def _refuse_compiled(layer: nn.Module, name: str) -> None:

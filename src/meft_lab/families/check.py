@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from meft.backbone.conversion import find_stacks, make_reversible
+from meft.backbone.conversion import find_stacks, layer_drop_unsaid, make_reversible
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.verification import verify
 
@@ -193,6 +193,7 @@ def _saves(subject: Subject, way: str, model: nn.Module) -> str:
     return note
 
 
+@layer_drop_unsaid()
 def _loaded(subject: Subject, way: str, model: Any) -> Any:
     """The model, saved and loaded again."""
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meft.backbone.conversion import Stack, find_stacks, make_reversible
+from meft.backbone.conversion import Stack, find_stacks, layer_drop_unsaid, make_reversible
 from meft.tuner.config import MeftConfig
 from meft.verification.gradients import loss_of
 
@@ -83,6 +83,7 @@ class Subject:
         """The option that chooses the stacks, where not all of them are taken."""
         return {} if self.family.stacks is None else {"stacks": list(self.family.stacks)}
 
+    @layer_drop_unsaid()
     def converted(self, way: str) -> nn.Module:
         """A copy of the model, made reversible, in training mode."""
         base = copy.deepcopy(self.base)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.backbone.conversion import make_reversible
+from meft.backbone.conversion import layer_drop_unsaid, make_reversible
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.methods.registry import COUPLED_METHODS, METHODS, PLAIN_METHODS, MethodOptions, apply_method, check_method
@@ -62,6 +62,7 @@ class Recipe:
         """Whether its layers are reversible."""
         return self.method in COUPLED_METHODS or self.extra in COUPLINGS
 
+    @layer_drop_unsaid()
     def apply(self, model: PreTrainedModel, task_type: str) -> nn.Module:
         """Makes a model trainable in this way; the model passed in is changed.
 
