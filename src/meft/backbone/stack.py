@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -184,12 +184,11 @@ class ReversibleStack:
 
 @dataclass(frozen=True)
 class Placement:
-    """One adapter's view of a layer: where the layer stands, and the adapters inside F and G (or None)."""
+    """One adapter's view of a layer: where the layer stands, and its bottlenecks by place (`adapters.PLACES`)."""
 
     reversible_stack: ReversibleStack
     index: int
-    f: Bottleneck | None = None
-    g: Bottleneck | None = None
+    adapters: Mapping[str, Bottleneck] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -198,7 +197,11 @@ class Placement:
 
     @property
     def has_adapters(self) -> bool:
-        return self.f is not None or self.g is not None
+        return bool(self.adapters)
+
+    def adapter(self, place: str) -> Bottleneck | None:
+        """The bottleneck at a place, or None."""
+        return self.adapters.get(place)
 
 
 def _followed(tape: Tape, hidden: Tensor) -> bool:

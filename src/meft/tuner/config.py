@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from meft.backbone.adapters import INIT_STD, PLACES, check_places
 from meft.backbone.plan import Plan, check_choice, check_integer
-from meft.engine.couplings import COUPLINGS
+from meft.engine.couplings import COUPLINGS, SAVED_BEFORE
 from meft.errors import CheckpointError, ConfigError
 
 from .peft_type import MEFT
@@ -32,12 +33,13 @@ class MeftConfig(PeftConfig):
         coupling: "meft1", "meft2", "meft3" or "momentum" (`meft.engine.couplings`); "adapter" trains the same adapters on the
             ordinary layers, which are then not reversible.
         bottleneck_dim: width of the adapters, at least 1.
-        lam: factor of the first stream; None for the coupling's own (0.1, 1, 0.1). In exact arithmetic 1/m with m an
-            integer up to 256, as beta and gamma.
-        beta: factor of the second stream; None for the coupling's own (1, 0.1, 0.1).
-        gamma: factor of `momentum`; None for 1/4.
-        output: how the last streams are read: "mean", "newest", ("sum", s) for newest + s * older, None for the
-            coupling's own.
+        lam: factor of the first stream; None for the coupling's own: on layers that end in a norm the paper's (0.1, 1,
+            0.1), on others smaller ones (docs/gamma.md). In exact arithmetic 1/m with m an integer up to 256, as beta
+            and gamma.
+        beta: factor of the second stream; None for the coupling's own (the paper's are 1, 0.1, 0.1).
+        gamma: factor of `momentum`; None for 1/16.
+        output: how the last streams are read: "mean", "newest", ("sum", s) for newest + s * older, "weighted" for
+            (newest + gamma * older) / (1 + gamma) (`momentum`), None for the coupling's own.
         arithmetic: "exact" rebuilds activations bit for bit; "float" divides, and loses precision in each layer.
         backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
         fraction_bits: binary places of exact streams, 4 to 24: hidden states in +-2**(31 - fraction_bits).
@@ -57,7 +59,15 @@ class MeftConfig(PeftConfig):
             training (`meft.loss`).
         sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average ordinary
             layers are trained; in evaluation they are run as such, beside the adapters (`momentum`).
+        compensated: make up for the slower pace that gamma gives the newest stream (`momentum`); None for no.
+        adapter_places: which of the coupling's adapters there are, by their places (`meft.backbone.adapters.PLACES`); None for
+            all of them.
+        init_std: standard deviation that the adapters' up-projections start with; None for 0.02, the paper's, on layers
+            that end in a norm, and 0 on others, where adapters then start as nothing.
         modules_to_save: modules besides the adapters to train and save; PEFT adds the task's head.
+
+    What was left open is filled in when the adapter is put into a model, so that a saved configuration says what was
+    used. One that was saved by version 0.1.0, which did not say, keeps the values of that version.
 
     Raises:
         ConfigError: an option is not valid, alone or beside the others.
@@ -82,6 +92,9 @@ class MeftConfig(PeftConfig):
     tile_size: int | str | None = field(default="auto", metadata={"help": "Tokens to a feed-forward block, or auto."})
     fused_loss: bool = field(default=True, metadata={"help": "Language-model losses without whole logits."})
     sign: str = field(default="fixed", metadata={"help": "fixed, or random for momentum."})
+    compensated: bool | None = field(default=None, metadata={"help": "Make up for gamma's slower pace (momentum)."})
+    adapter_places: list[str] | None = field(default=None, metadata={"help": "Places of the adapters; all by default."})
+    init_std: float | None = field(default=None, metadata={"help": "Standard deviation of new up-projections."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     target_modules: None = field(default=None, metadata={"help": "Unused: MEFT takes every layer of every stack."})
     base_layers: list[dict[str, Any]] | None = field(
@@ -105,10 +118,34 @@ class MeftConfig(PeftConfig):
             )
         if self.coupling == ADAPTER_ONLY:
             self._refuse_coupling_options()
+        if self.adapter_places is not None:
+            self.adapter_places = check_places(self.adapter_places, self.coupling)
+        if self.init_std is not None and not (isinstance(self.init_std, int | float) and self.init_std >= 0):
+            raise ConfigError(
+                f"init_std={self.init_std!r} is no standard deviation. Valid: a number from 0 up, or None for the "
+                "coupling's own. Use 0.02, the paper's, say."
+            )
+        # Injection fills in both, and version 0.1.0 knew one of them only.
+        if self.base_layers is not None and self.adapter_places is None:
+            for name, value in _saved_before(self.coupling).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
         self.plan()
 
-    def plan(self) -> Plan:
-        """Builds the checked plan these options describe."""
+    def fill_in(self, plan: Plan) -> None:
+        """Writes what a plan for this configuration took where nothing was chosen, for the saved folder to say."""
+        if self.adapter_places is None:
+            self.adapter_places = list(PLACES[self.coupling].values())
+        if self.init_std is None:
+            self.init_std = INIT_STD if plan.post_norm else 0.0
+        if plan.coupling is not None:
+            options = plan.coupling.options()
+            for name in ("lam", "beta", "gamma", "output", "compensated"):
+                if getattr(self, name) is None:
+                    setattr(self, name, options.get(name))
+
+    def plan(self, post_norm: bool = True) -> Plan:
+        """Builds the checked plan these options describe, for layers that end in a norm or for others."""
         return Plan.make(
             coupling=None if self.coupling == ADAPTER_ONLY else self.coupling,
             lam=self.lam,
@@ -126,7 +163,18 @@ class MeftConfig(PeftConfig):
             granularity=self.granularity,
             tile_size=self.tile_size,
             sign=self.sign,
+            compensated=self.compensated,
+            post_norm=post_norm,
         )
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
+        """Reads a saved configuration as a dictionary, with what version 0.1.0 took where it says nothing."""
+        found = super().from_json_file(path_json_file, **kwargs)
+        if "adapter_places" not in found and found.get("peft_type") == MEFT:
+            before = _saved_before(found.get("coupling", "meft1"))
+            found |= {name: value for name, value in before.items() if found.get(name) is None}
+        return found
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -142,13 +190,24 @@ class MeftConfig(PeftConfig):
         return config
 
     def _refuse_coupling_options(self) -> None:
-        for name, unset in (("lam", None), ("beta", None), ("gamma", None), ("output", None), ("sign", "fixed")):
+        unset_values = {"lam": None, "beta": None, "gamma": None, "output": None, "sign": "fixed", "compensated": None}
+        for name, unset in unset_values.items():
             value = getattr(self, name)
             if value != unset:
                 raise ConfigError(
                     f'{name}={value!r} was given, but coupling="adapter" couples nothing. Leave {name} out, or choose '
                     f"one of {', '.join(COUPLINGS)}."
                 )
+
+
+def _saved_before(coupling: str) -> dict[str, Any]:
+    """What version 0.1.0 took for a coupling, where its saved configurations say null or nothing."""
+    places = list(PLACES.get(coupling, {}).values())
+    found: dict[str, Any] = {"adapter_places": places, "init_std": INIT_STD}
+    if coupling == "momentum":
+        found["adapter_places"] = places[:1]
+    own = SAVED_BEFORE.get(coupling)
+    return found if own is None else found | {name: value for name, value in asdict(own).items() if value is not None}
 
 
 def check_safetensors(path: str) -> None:
