@@ -6,7 +6,7 @@
 A causal language model is compared on `--tokens` tokens by its loss and by the KL divergence of its predictions from
 the plain model's; an encoder by the relative change of its last hidden state and by the cosine of its mean. Beside
 `momentum` stand `meft1`, `meft2` and `meft3` with adapters as they are initialised. Bits are those of the residues, an
-element of the hidden state and layer; bytes the residues of one training step, as the engine saved them.
+element of the hidden state and layer.
 
 Writes start.json, start.md and start.svg to benchmarks/results, or to --output.
 """
@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import meft
-from meft.engine.tape import residues_told_to
+from meft.backbone.layers import ReversibleLayer
 from meft.storage.files import write_json, write_text
 from meft.storage.results import hardware, now, versions
 from meft.verification.figure import save_figure
@@ -43,7 +43,16 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 NAME = "start"
 GAMMAS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
-FACTORS = (1 / 16, 1 / 64, 1 / 256)
+FACTORS = (1 / 64, 1 / 128, 1 / 256)
+# The two that are candidates first; the others only where gamma is large enough to tell them apart.
+RULES = (
+    (False, "newest"),
+    (True, "weighted"),
+    (False, "mean"),
+    (False, "weighted"),
+    (True, "newest"),
+    (True, "mean"),
+)
 ROW = 512  # tokens of a row of text
 
 
@@ -53,15 +62,18 @@ def main(words: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found: dict[str, Any] = {"tokens": arguments.tokens, "models": {}} | provenance(
-        sys.argv[1:] if words is None else words
-    )
-    if arguments.language:
-        found["models"][Path(arguments.language).name] = language(arguments)
-    for folder in arguments.encoders:
-        found["models"][Path(folder).name] = encoder(folder, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / f"{NAME}.json", found)
+    file = arguments.output / f"{NAME}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if arguments.resume and file.is_file() else {"models": {}}
+    for kind, folder in [(language, arguments.language), *((encoder, folder) for folder in arguments.encoders)]:
+        if folder is None:
+            continue
+        dtype = arguments.dtype if kind is language else "float32"
+        entry = found["models"].setdefault(f"{Path(folder).name}, {dtype}", {"ways": []})
+        entry |= {"tokens": arguments.tokens, **provenance(sys.argv[1:] if words is None else words)}
+        for step in kind(folder, arguments, entry):
+            print(step, flush=True)
+            write_json(file, found)
     write_text(arguments.output / f"{NAME}.md", as_markdown(found))
     save_figure(figure(found), arguments.output / f"{NAME}.svg")
     print(as_markdown(found))
@@ -76,6 +88,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens that are compared")
     parser.add_argument("--fraction_bits", type=int, help="explicit binary places; left out, the library's own choice")
     parser.add_argument("--dtype", default="bfloat16", help="of the language model: bfloat16 or float32")
+    parser.add_argument("--resume", action="store_true", help="keep what the result file holds, and add to it")
     parser.add_argument("--quick", action="store_true", help="the defaults alone")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -105,19 +118,19 @@ def ways(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.quick:
         return
     for gamma in GAMMAS:
-        for compensated in (False, True):
-            for output in ("newest", "mean", "weighted"):
-                yield {"gamma": gamma, "compensated": compensated, "output": output}
+        for compensated, output in RULES if gamma >= 1 / 16 else RULES[:2]:
+            yield {"gamma": gamma, "compensated": compensated, "output": output}
         yield {"gamma": gamma, "granularity": "block"}
     yield {"coupling": "momentum", "adapters": True, "init_std": 0.02}
     for coupling, name in FACTOR_OF.items():
+        names = ("lam", "beta") if name == "both" else (name,)
         for factor in FACTORS:
-            names = ("lam", "beta") if name == "both" else (name,)
-            for output in ("newest", "mean"):
-                yield {"coupling": coupling, "adapters": True, **dict.fromkeys(names, factor), "output": output}
-        yield {"coupling": coupling, "adapters": True, "init_std": 0.02}
-        paper = {"lam": 0.1, "beta": 0.1 if name != "lam" else 1.0, "output": "mean", "init_std": 0.02}
-        yield {"coupling": coupling, "adapters": True, **paper, **({"lam": 1.0} if name == "beta" else {})}
+            yield {"coupling": coupling, "adapters": True, **dict.fromkeys(names, factor), "output": "newest"}
+        smallest = dict.fromkeys(names, FACTORS[-1])
+        yield {"coupling": coupling, "adapters": True, **smallest, "output": "mean"}
+        yield {"coupling": coupling, "adapters": True, **smallest, "output": "newest", "init_std": 0.02}
+        paper = {"lam": 1.0 if name == "beta" else 0.1, "beta": 1.0 if name == "lam" else 0.1}
+        yield {"coupling": coupling, "adapters": True, **paper, "output": "mean", "init_std": 0.02}
 
 
 FACTOR_OF = {"meft1": "lam", "meft2": "beta", "meft3": "both"}
@@ -145,27 +158,33 @@ def coupled(model: nn.Module, options: Mapping[str, Any], bits: int | None) -> I
 
 
 def _plan(model: nn.Module) -> Any:
-    layer = next(module for module in model.modules() if isinstance(module, meft.backbone.layers.ReversibleLayer))
-    return layer.placement().reversible_stack.plan
+    placed = [module.placement() for module in model.modules() if isinstance(module, ReversibleLayer)]
+    return next(placement.reversible_stack.plan for placement in placed if placement is not None)
 
 
-def language(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Loss and KL of a causal language model under every way."""
+def language(folder: str, arguments: argparse.Namespace, entry: dict[str, Any]) -> Iterator[Any]:
+    """Loss and KL of a causal language model under every way that the entry does not have yet."""
     dtype = getattr(torch, arguments.dtype)
-    model = AutoModelForCausalLM.from_pretrained(arguments.language, dtype=dtype).eval()
-    rows = read_tokens(arguments, arguments.language).split(ROW)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    rows = read_tokens(arguments, folder).split(ROW)
     plain = [logits_of(model, row) for row in rows]
-    found = []
-    for options in tqdm(list(ways(arguments)), desc=Path(arguments.language).name, disable=None):
-        with coupled(model, options, arguments.fraction_bits) as (changed, plan):
-            both = [
-                distances(reference, logits_of(changed, row), row) for reference, row in zip(plain, rows, strict=True)
-            ]
-            loss, kl = (torch.stack(parts).sum().item() / arguments.tokens for parts in zip(*both, strict=True))
-            found.append({"options": options, "plan": str(plan), "loss": loss, "kl": kl, "residue_bits": bits_of(plan)})
-            print(found[-1], flush=True)
     loss = sum(distances(p, p, row)[0].item() for p, row in zip(plain, rows, strict=True)) / arguments.tokens
-    return {"kind": "language model", "dtype": arguments.dtype, "plain_loss": loss, "ways": found}
+    entry |= {"kind": "language model", "plain_loss": loss}
+    for options in tqdm(missing(arguments, entry), desc=Path(folder).name, disable=None):
+        with coupled(model, options, arguments.fraction_bits) as (changed, plan):
+            pairs = zip(plain, rows, strict=True)
+            both = [distances(reference, logits_of(changed, row), row) for reference, row in pairs]
+        loss, kl = (torch.stack(parts).sum().item() / arguments.tokens for parts in zip(*both, strict=True))
+        entry["ways"].append(
+            {"options": options, "plan": str(plan), "loss": loss, "kl": kl, "residue_bits": bits_of(plan)}
+        )
+        yield entry["ways"][-1]
+
+
+def missing(arguments: argparse.Namespace, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The ways that were not measured in an earlier run."""
+    known = [way["options"] for way in entry["ways"]]
+    return [options for options in ways(arguments) if options not in known]
 
 
 def logits_of(model: nn.Module, row: Tensor) -> Tensor:
@@ -182,23 +201,21 @@ def distances(plain: Tensor, logits: Tensor, row: Tensor) -> tuple[Tensor, Tenso
     return loss, nn.functional.kl_div(q, p, log_target=True, reduction="sum")
 
 
-def encoder(folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Change of the last hidden state of an encoder under every way, in float32."""
+def encoder(folder: str, arguments: argparse.Namespace, entry: dict[str, Any]) -> Iterator[Any]:
+    """Change of the last hidden state of an encoder under every way that the entry does not have yet, in float32."""
     model = AutoModel.from_pretrained(folder).eval()
     rows = read_tokens(arguments, folder).split(128)
     with torch.no_grad():
-        plain = [model(input_ids=row[None]).last_hidden_state[0] for row in rows]
-    found = []
-    for options in tqdm(list(ways(arguments)), desc=Path(folder).name, disable=None):
+        plain = torch.cat([model(input_ids=row[None]).last_hidden_state for row in rows])
+    entry["kind"] = "encoder"
+    for options in tqdm(missing(arguments, entry), desc=Path(folder).name, disable=None):
         with coupled(model, options, arguments.fraction_bits) as (changed, plan), torch.no_grad():
-            states = [changed(input_ids=row[None]).last_hidden_state[0] for row in rows]
-        change = torch.cat(states).sub(torch.cat(plain)).norm() / torch.cat(plain).norm()
-        means = [(one.mean(0), other.mean(0)) for one, other in zip(states, plain, strict=True)]
-        cosine = torch.stack([nn.functional.cosine_similarity(a, b, dim=0) for a, b in means]).mean()
-        entry = {"options": options, "plan": str(plan), "change": change.item(), "cosine": cosine.item()}
-        found.append({**entry, "residue_bits": bits_of(plan)})
-        print(found[-1], flush=True)
-    return {"kind": "encoder", "ways": found}
+            states = torch.cat([changed(input_ids=row[None]).last_hidden_state for row in rows])
+        change = ((states - plain).norm() / plain.norm()).item()
+        cosine = nn.functional.cosine_similarity(states.mean(1), plain.mean(1)).mean().item()
+        figures = {"change": change, "cosine": cosine, "residue_bits": bits_of(plan)}
+        entry["ways"].append({"options": options, "plan": str(plan), **figures})
+        yield entry["ways"][-1]
 
 
 def read_tokens(arguments: argparse.Namespace, folder: str) -> Tensor:
@@ -219,6 +236,79 @@ def bits_of(plan: Any) -> int:
     if plan.coupling is None:
         return 0
     return sum((round(1 / step.factor) - 1).bit_length() for step in plan.coupling.steps)
+
+
+def as_markdown(found: Mapping[str, Any]) -> str:
+    """One table a model."""
+    lines: list[str] = []
+    for name, model in found["models"].items():
+        if model["kind"] == "encoder":
+            head, keys = ["change of the hidden state", "cosine of the mean"], ("change", "cosine")
+            lines += [name, ""]
+        else:
+            head, keys = ["loss", "KL, nats"], ("loss", "kl")
+            lines += [f"{name}, {model['tokens']} tokens; loss of the plain model {model['plain_loss']:.4f}", ""]
+        lines += ["| options | bits a layer | " + " | ".join(head) + " |", "|---|---|" + "---|" * len(head)]
+        for way in model["ways"]:
+            figures = [f"{way[key]:.4f}" for key in keys]
+            if "loss" in way:
+                figures[0] += f" ({way['loss'] - model['plain_loss']:+.4f})"
+            lines.append(f"| {described(way['options'])} | {way['residue_bits']} | {' | '.join(figures)} |")
+        machine, packages = model["hardware"]["processor"], model["versions"]
+        libraries = ", ".join(f"{package} {version}" for package, version in packages.items())
+        lines += ["", f"Measured {model['date'][:10]} by `{model['command']}` on {machine}; {libraries}.", ""]
+    return "\n".join(lines) + "\n"
+
+
+def described(options: Mapping[str, Any]) -> str:
+    """`momentum, gamma 1/16, newest` for options as `ways` makes them."""
+    named = []
+    for name, value in options.items():
+        if name in ("lam", "beta", "gamma"):
+            named.append(f"{name} {Fraction(value).limit_denominator(256)}")
+        elif name == "compensated":
+            named += ["compensated"] if value else []
+        elif name == "init_std":
+            named.append(f"adapters from N(0, {value:g}²)")
+        elif name == "adapters":
+            continue
+        else:
+            named.append(str(value))
+    return ", ".join(named) or "make_reversible as it comes"
+
+
+def figure(found: Mapping[str, Any]) -> Figure:
+    """Distance from the plain model against gamma, one panel a model."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(4.2 * len(found["models"]), 3.6), layout="constrained")
+    panels = drawn.subplots(1, len(found["models"]), squeeze=False)[0]
+    for axes, (name, model) in zip(panels, found["models"].items(), strict=True):
+        key = "change" if model["kind"] == "encoder" else "kl"
+        for (compensated, output), style in _STYLES.items():
+            points = [
+                (way["options"]["gamma"], way[key])
+                for way in model["ways"]
+                if way["options"].get("compensated") is compensated and way["options"].get("output") == output
+            ]
+            label = f"{'compensated' if compensated else 'momentum'}, {output}"
+            axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+        axes.set(title=name, xlabel="gamma", ylabel="change of the hidden state" if key == "change" else "KL, nats")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    return drawn
+
+
+_STYLES = {
+    (False, "newest"): "o-",
+    (False, "mean"): "s:",
+    (False, "weighted"): "^--",
+    (True, "newest"): "v--",
+    (True, "mean"): "D:",
+    (True, "weighted"): "P-",
+}
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ projection of the feed-forward (or the attention) and before the model's own dro
 on therefore needs nothing but the same `torch.manual_seed` before each of the two forward passes. The inverse does not
 replay random numbers: use it without dropout.
 
-**Compensation.** With `compensated`, momentum's y1 = x2 + (1 + gamma) * (F(x2) - x2) - gamma * (x2 - x1), and the output
-is (newest + gamma * older) / (1 + gamma).
+**Compensation.** With `compensated`, momentum's y1 = x2 + (1 + gamma) * (F(x2) - x2) - gamma * (x2 - x1), and the
+output is (newest + gamma * older) / (1 + gamma).
 
 **Signs.** With sign "random" each layer of `momentum` in training multiplies gamma by +1 or -1, one for each row of the
 batch, drawn before anything else of that layer. In evaluation gamma is 0.

@@ -69,8 +69,8 @@ def check_places(places: Any, method: str) -> list[str]:
     listed = list(places) if isinstance(places, list | tuple) else None
     if not listed or sorted(set(listed) & set(valid)) != sorted(listed):
         raise ConfigError(
-            f"adapter_places={places!r} does not go with coupling={method!r}. Valid: some or all of {valid}, each once, "
-            "or None for all of them."
+            f"adapter_places={places!r} does not go with coupling={method!r}. Valid: some or all of {valid}, each "
+            "once, or None for all of them."
         )
     return [place for place in valid if place in listed]
 

@@ -60,7 +60,7 @@ def make_reversible(
     Args:
         model: a Transformers model, or one that PEFT has put adapters in. Only its layer stacks are replaced.
         coupling: "momentum", "meft1", "meft2" or "meft3", without the adapters the latter have in `MeftConfig`.
-        gamma: factor of `momentum`; None for 1/16.
+        gamma: factor of `momentum`; None for 1/32.
         lam: factor of the first stream of the others; None for the coupling's own, which depends on whether the layers
             end in a norm (docs/gamma.md).
         beta: factor of their second stream; None for the coupling's own.

@@ -34,8 +34,8 @@ What x1 is scaled by stays gamma, and what is added to it stays a function of x2
 | `meft1`    | layer, adapter beside feed-forward | adapter                            | 0.1 | 1    | yes    | mean   |
 | `meft2`    | adapter                            | layer, adapter beside feed-forward | 1   | 0.1  | yes    | mean   |
 | `meft3`    | attention block, adapter on output | feed-forward block, adapter beside | 0.1 | 0.1  | no     | mean   |
-| `momentum` | layer, adapters beside and behind  | none                               | gamma 1/16 | yes    | newest |
-| by blocks  | attention block                    | feed-forward, beside and behind    | gamma 1/16 | no     | newest |
+| `momentum` | layer, adapters beside and behind  | none                               | gamma 1/32 | yes    | newest |
+| by blocks  | attention block                    | feed-forward, beside and behind    | gamma 1/32 | no     | newest |
 
 The factors and output rules of `meft1`, `meft2` and `meft3` are the paper's, for layers that end in a norm (BERT's). In
 a pre-norm stack, where hidden states add up, the output is the newest stream, and the factors that stand at 0.1 are
@@ -234,14 +234,14 @@ _POST_NORM = {
     "meft1": Own(lam=0.1, beta=1.0),
     "meft2": Own(lam=1.0, beta=0.1),
     "meft3": Own(lam=0.1, beta=0.1),
-    "momentum": Own(gamma=1 / 16, output="newest"),
+    "momentum": Own(gamma=1 / 32, output="newest"),
 }
 # In a pre-norm stack hidden states add up, and so does every share of the older stream (docs/gamma.md).
 _PRE_NORM = {
-    "meft1": Own(lam=1 / 64, beta=1.0, output="newest"),
-    "meft2": Own(lam=1.0, beta=1 / 64, output="newest"),
+    "meft1": Own(lam=1 / 128, beta=1.0, output="newest"),
+    "meft2": Own(lam=1.0, beta=1 / 128, output="newest"),
     "meft3": Own(lam=1 / 256, beta=1 / 256, output="newest"),
-    "momentum": Own(gamma=1 / 16, output="newest"),
+    "momentum": Own(gamma=1 / 32, output="newest"),
 }
 SAVED_BEFORE = {**_POST_NORM, "momentum": Own(gamma=0.25, output="newest")}
 """What couplings took in version 0.1.0, whatever the model: for adapters that were saved without saying."""
@@ -274,7 +274,7 @@ def make_coupling(
         name: "meft1", "meft2", "meft3" or "momentum".
         lam: factor of the first stream (meft1, meft2, meft3); None for the coupling's own.
         beta: factor of the second stream (meft1, meft2, meft3); None for the coupling's own.
-        gamma: factor of the difference of the streams (momentum); None for 1/16.
+        gamma: factor of the difference of the streams (momentum); None for 1/32.
         output: "mean", "newest", ("sum", s) for newest + s * older, "weighted" for (newest + gamma * older) /
             (1 + gamma) (momentum); None for the coupling's own: "weighted" if compensated.
         granularity: what momentum takes as its F: "layer", or "block" for the attention and the feed-forward block in

@@ -1,6 +1,6 @@
 """The loss head of language models, whose logits need never exist whole."""
 
-from .attach import FusedLinear, attach, detach
+from .attach import FusedLinear, attach, detach, lazily
 from .lazy import LazyLogits
 
-__all__ = ["FusedLinear", "LazyLogits", "attach", "detach"]
+__all__ = ["FusedLinear", "LazyLogits", "attach", "detach", "lazily"]

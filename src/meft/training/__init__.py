@@ -21,7 +21,7 @@ from meft_lab.tasks import TaskSpec
 
 from .arguments import DataArguments, MeftArguments, ModelArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
-from .before import REFERENCE, CostsBeforeTraining
+from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining
 from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
 from .kinds.base import Say, say_nothing
@@ -100,14 +100,20 @@ def train(
         _wait_for_others(trainer_arguments)
         steps = run_arguments.measure_steps
         costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
+        start = _checkpoint(folder, trainer_arguments, say)
+        distance = StartBeforeTraining(folder, trainer_arguments, say)
+
+        def before_training(model: nn.Module) -> None:
+            costs(model)
+            distance(model, resumed=start is not None)
+
         trainer = build_trainer(
             prepared,
             trainer_arguments,
             patience=run_arguments.early_stopping_patience,
-            before_training=costs,
+            before_training=before_training,
             extra_files=lambda place: write_json(place / TASK_FILE, record),
         )
-        start = _checkpoint(folder, trainer_arguments, say)
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state
@@ -119,6 +125,7 @@ def train(
             "task": prepared.spec.name,
             "model": model_arguments.model_name_or_path,
             **_figures(trainer, prepared, metrics, costs.found, meft_arguments.method),
+            "start": None if distance.found is None else finite(asdict(distance.found)),
             "versions": results.versions(),
             "hardware": results.hardware(),
             "command": run.get("command"),

@@ -37,7 +37,7 @@ class MeftConfig(PeftConfig):
             0.1), on others smaller ones (docs/gamma.md). In exact arithmetic 1/m with m an integer up to 256, as beta
             and gamma.
         beta: factor of the second stream; None for the coupling's own (the paper's are 1, 0.1, 0.1).
-        gamma: factor of `momentum`; None for 1/16.
+        gamma: factor of `momentum`; None for 1/32.
         output: how the last streams are read: "mean", "newest", ("sum", s) for newest + s * older, "weighted" for
             (newest + gamma * older) / (1 + gamma) (`momentum`), None for the coupling's own.
         arithmetic: "exact" rebuilds activations bit for bit; "float" divides, and loses precision in each layer.
