@@ -153,7 +153,8 @@ def _sample(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     rows = logits.reshape(-1, logits.shape[-1])
     step = max(1, math.ceil(len(rows) / _POSITIONS))
     # A slice, which logits that are not computed yet can take before they are.
-    taken = torch.log_softmax(rows[::step].float(), -1)
+    # A copy of its own, so that these alone are computed.
+    taken = torch.log_softmax(rows[::step].clone().float(), -1)
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
         seen = mask.reshape(-1)[::step].bool()
