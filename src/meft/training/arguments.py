@@ -154,8 +154,10 @@ class MeftArguments:
     lora_dropout: float = _option("Dropout on the input of LoRA's updates.", 0.0)
     lam: float | None = _option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
     beta: float | None = _option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
-    gamma: float | None = _option("Factor of the momentum (momentum). Left out: 0.25.")
-    output: str | None = _option("What leaves the layers: mean, newest, or sum:0.1. Left out: the method's own.")
+    gamma: float | None = _option("Factor of the momentum (momentum). Left out: 1/32.")
+    output: str | None = _option(
+        "What leaves the layers: mean, newest, weighted (momentum), or sum:0.1. Left out: the method's own."
+    )
     arithmetic: Literal["exact", "float"] | None = _option("exact rebuilds activations bit for bit; float drifts.")
     backward: Literal["reversible", "cached"] | None = _option("cached keeps the activations: for comparison.")
     fraction_bits: int | None = _option("Precision of the exact arithmetic: its step is 2 to the minus this.")
@@ -168,6 +170,14 @@ class MeftArguments:
     )
     sign: Literal["fixed", "random"] | None = _option(
         "random draws the sign of gamma in training, for the plain model's sake (momentum). Left out: fixed."
+    )
+    compensated: bool | None = _option("Make up for the pace that gamma takes from the newest stream (momentum).")
+    adapter_places: list[str] | None = field(
+        default=None, metadata={"help": "Places of the adapters: feed_forward, layer. Left out: all of the method's."}
+    )
+    init_std: float | None = _option(
+        "Standard deviation that the adapters' up-projections start with. Left out: 0.02 on layers that end in a norm, "
+        "0 on others."
     )
     tile_size: int | None = _option(
         "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
@@ -184,7 +194,7 @@ class MeftArguments:
         """The same as `meft.methods.registry` takes them."""
         values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
         values["output"] = _parse_output(self.output)
-        for name in ("modules_to_save", "stacks"):
+        for name in ("modules_to_save", "stacks", "adapter_places"):
             values[name] = tuple(values[name]) if values[name] else None
         return MethodOptions(**values)
 

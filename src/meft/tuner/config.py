@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -18,6 +18,8 @@ from meft.errors import CheckpointError, ConfigError
 from .peft_type import MEFT
 
 ADAPTER_ONLY = "adapter"
+SETTINGS = ("lam", "beta", "gamma", "output", "compensated", "adapter_places", "init_std")
+"""What may be left open, and is filled in when the adapter is put into a model."""
 
 
 @dataclass
@@ -107,6 +109,7 @@ class MeftConfig(PeftConfig):
         # Where this object came from and went, which is not saved.
         self.loaded_from: str | None = None
         self.injected = False
+        self.filled: dict[str, Any] = {}
         if isinstance(self.output, list):
             self.output = tuple(self.output)
         check_choice("coupling", self.coupling, (*COUPLINGS, ADAPTER_ONLY))
@@ -127,22 +130,31 @@ class MeftConfig(PeftConfig):
             )
         # Injection fills in both, and version 0.1.0 knew one of them only.
         if self.base_layers is not None and self.adapter_places is None:
-            for name, value in _saved_before(self.coupling).items():
+            for name, value in saved_before(self.coupling).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         self.plan()
 
     def fill_in(self, plan: Plan) -> None:
         """Writes what a plan for this configuration took where nothing was chosen, for the saved folder to say."""
-        if self.adapter_places is None:
-            self.adapter_places = list(PLACES[self.coupling].values())
-        if self.init_std is None:
-            self.init_std = INIT_STD if plan.post_norm else 0.0
+        taken: dict[str, Any] = {
+            "adapter_places": list(PLACES[self.coupling].values()),
+            "init_std": INIT_STD if plan.post_norm else 0.0,
+        }
         if plan.coupling is not None:
             options = plan.coupling.options()
-            for name in ("lam", "beta", "gamma", "output", "compensated"):
-                if getattr(self, name) is None:
-                    setattr(self, name, options.get(name))
+            names = _open_names(self.coupling)
+            taken |= {name: options[name] for name in names}
+        self.filled = {name: value for name, value in taken.items() if getattr(self, name) is None}
+        for name, value in self.filled.items():
+            setattr(self, name, value)
+
+    def reopen(self) -> None:
+        """Takes back what `fill_in` wrote for one model, since another may want something else."""
+        for name, value in self.filled.items():
+            if getattr(self, name) == value:
+                setattr(self, name, None)
+        self.filled = {}
 
     def plan(self, post_norm: bool = True) -> Plan:
         """Builds the checked plan these options describe, for layers that end in a norm or for others."""
@@ -172,7 +184,7 @@ class MeftConfig(PeftConfig):
         """Reads a saved configuration as a dictionary, with what version 0.1.0 took where it says nothing."""
         found = super().from_json_file(path_json_file, **kwargs)
         if "adapter_places" not in found and found.get("peft_type") == MEFT:
-            before = _saved_before(found.get("coupling", "meft1"))
+            before = saved_before(found.get("coupling", "meft1"))
             found |= {name: value for name, value in before.items() if found.get(name) is None}
         return found
 
@@ -200,14 +212,21 @@ class MeftConfig(PeftConfig):
                 )
 
 
-def _saved_before(coupling: str) -> dict[str, Any]:
+def saved_before(coupling: str) -> dict[str, Any]:
     """What version 0.1.0 took for a coupling, where its saved configurations say null or nothing."""
     places = list(PLACES.get(coupling, {}).values())
     found: dict[str, Any] = {"adapter_places": places, "init_std": INIT_STD}
     if coupling == "momentum":
         found["adapter_places"] = places[:1]
     own = SAVED_BEFORE.get(coupling)
-    return found if own is None else found | {name: value for name, value in asdict(own).items() if value is not None}
+    if own is None:
+        return found
+    return found | {name: getattr(own, name) for name in _open_names(coupling)}
+
+
+def _open_names(coupling: str) -> tuple[str, ...]:
+    """The options of a coupling that have a value of its own where they are left open."""
+    return ("gamma", "output", "compensated") if coupling == "momentum" else ("lam", "beta", "output")
 
 
 def check_safetensors(path: str) -> None:

@@ -176,6 +176,7 @@ class MeftModel(BaseTuner):
         config = cast(MeftConfig, self.peft_config[adapter_name])
         refuse_sharded(model)
         stacks = find_stacks(model, config.stacks)
+        config.reopen()
         plan = config.plan(post_norm(stacks))
         _refuse_plain_reversible(stacks)
         _refuse_same_name(stacks, adapter_name, config)
