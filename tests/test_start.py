@@ -309,6 +309,13 @@ def test_what_does_not_go_together(options: dict[str, Any], text: str) -> None:
     assert text in str(caught.value)
 
 
+def test_other_gammas_of_a_compensated_model_are_read_with_their_own_weights() -> None:
+    model = meft.make_reversible(llama(), gamma=1 / 4, compensated=True)
+    found = meft.verify(model, tokens(), deploy=True).deployment
+    eighth = meft.make_reversible(meft.restore(model), gamma=1 / 8, compensated=True)
+    assert found is not None and found.by_gamma["1/8"] == pytest.approx(by_hand(eighth, tokens())[0], abs=1e-6)
+
+
 # --- The distance from the plain model ------------------------------------------------------------------------------
 
 

@@ -321,7 +321,7 @@ def make_coupling(
             compensated = own.compensated and drawn == "fixed"
         rule = output or ("weighted" if compensated else own.output)
         steps: tuple[Step, ...] = (Step("F", 0, 1, gamma, difference=True, sign=drawn, compensated=compensated),)
-        weights = _output_weights(rule, gamma)
+        weights = output_weights(rule, gamma)
         if drawn == "random" and weights != (0, 1):
             raise ConfigError(
                 f'output={output!r} does not go with sign="random", which trains for the plain model: that has no '
@@ -337,7 +337,7 @@ def make_coupling(
     steps = (Step("F", 0, 1, lam), Step("G", 1, 0, beta))
     # The pretrained layer's output is y1 in meft1 and y2 in meft2 and meft3; meft1 and meft2 switch.
     newest: Literal[0, 1] = 0 if name == "meft2" else 1
-    weights = _output_weights(rule, None)
+    weights = output_weights(rule, None)
     return Coupling(
         name, steps, switch=name != "meft3", newest=newest, output=weights, splits=name == "meft3", rule=rule
     )
@@ -365,7 +365,7 @@ def _check_compensated(compensated: bool | None, name: str, sign: str) -> None:
         )
 
 
-def _output_weights(rule: OutputRule, gamma: float | None) -> tuple[float, float]:
+def output_weights(rule: OutputRule, gamma: float | None) -> tuple[float, float]:
     """Turns an output rule into the weights (older, newest)."""
     if rule == "mean":
         return 0.5, 0.5
