@@ -33,9 +33,10 @@ from meft.engine.tape import residues_told_to
 from meft.errors import ConfigError, DistantStartWarning
 from meft.loss import LazyLogits
 from meft.training.callbacks import START_KL, START_LOSS, FirstBatch
+from meft.training.runs import begun_with
 from meft.tuner.config import MeftConfig
 from meft.verification.distance import Distance, distance_from_plain
-from support import models
+from support import models, tiny
 from support.peft_helpers import batch_of, enlarge, gradients
 from support.stacks import Block, Stacked
 
@@ -438,3 +439,31 @@ def test_verify_shows_the_start_and_the_plan() -> None:
     text = " ".join(str(report).split())
     assert "nats (KL)" in text and "pre-norm" in text and "gamma 0.25" in text
     assert report.as_dict()["starting_point"]["kl"] == found.kl
+
+
+# --- Runs of `meft train` -------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_start_and_its_settings(tmp_path: Path) -> None:
+    base, rte = tiny.make_model(tmp_path / "base"), tiny.make_rte(tmp_path / "rte")
+    said: list[str] = []
+    words = ("--method=momentum", "--max_steps=2", "--per_device_train_batch_size=4")
+    found = tiny.train(base, ["--task=rte", f"--data_dir={rte}"], tmp_path / "run", *words, say=said.append)
+    config = MeftConfig.from_pretrained(str(tmp_path / "run"))
+    assert found["settings"]["gamma"] == config.gamma == 1 / 32
+    assert found["settings"]["adapter_places"] == config.adapter_places == ["feed_forward", "layer"]
+    assert found["start"]["kl"] > 0 and found["start"]["loss"] != found["start"]["plain_loss"]
+    assert any(line.startswith("Start, on the first batch: loss ") for line in said)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"] == found["settings"]
+
+
+def test_an_unfinished_run_of_version_0_1_0_goes_on_with_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"command": "", "started": "", "arguments": {}}))
+    assert begun_with(tmp_path, "momentum") == {
+        "adapter_places": ("feed_forward",),
+        "init_std": 0.02,
+        "gamma": 0.25,
+        "output": "newest",
+        "compensated": False,
+    }
+    assert begun_with(tmp_path, "meft1")["lam"] == 0.1 and begun_with(tmp_path, "lora") == {}
