@@ -67,6 +67,10 @@ class DriftWarning(MeftWarning):
     """Float arithmetic rebuilt an activation worse than `drift_tolerance` allows."""
 
 
+class DistantStartWarning(MeftWarning):
+    """A coupled model begins far from the plain one."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, as a sentence; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

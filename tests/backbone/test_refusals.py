@@ -35,8 +35,8 @@ def test_twice_is_refused() -> None:
         meft.make_reversible(model, "meft1", backward="cached")
     assert str(caught.value).startswith(
         "model.encoder.layers of BartEncoder is reversible already, with other options (coupling 'momentum', not "
-        "'meft1'; lam None, not 0.1; beta None, not 1.0; output (0.0, 1.0), not (0.5, 0.5); backward 'reversible', not "
-        "'cached'; gamma 0.25, not None). To change them call meft.restore(model) first"
+        "'meft1'; lam None, not 0.1; beta None, not 1.0; output 'newest', not 'mean'; backward 'reversible', not "
+        "'cached'; gamma 0.03125, not None). To change them call meft.restore(model) first"
     )
     with unchanged(model), pytest.raises(ConfigError, match="already, with the options of this call"):
         meft.make_reversible(model)

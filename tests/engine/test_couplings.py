@@ -29,7 +29,9 @@ def test_the_equations_by_hand() -> None:
     # y1 = 0.2 + 110; y2 = 1 + 1000 + y1; not switched.
     assert run("meft3") == pytest.approx((110.2, 1111.2))
     # y1 = 110 - 0.25 * (10 - 2); y2 = x2; switched.
-    assert run("momentum") == pytest.approx((10.0, 108.0))
+    assert run("momentum", gamma=0.25) == pytest.approx((10.0, 108.0))
+    # y1 = 10 + 1.25 * 100 - 0.25 * (10 - 2), since F adds 100 to its input.
+    assert run("momentum", gamma=0.25, compensated=True) == pytest.approx((10.0, 133.0))
 
 
 def test_factors_replace_the_defaults() -> None:

@@ -38,6 +38,14 @@ def tolerance(backward: str) -> float:
     return CACHED if backward == "cached" else REVERSIBLE
 
 
+def settings(coupling: str, compensated: bool = False) -> dict[str, Any]:
+    """The reference's own factors and output rule, which hold whatever a model's layers end in."""
+    rule = TABLE[coupling]
+    if coupling == "momentum":
+        return {"gamma": rule.lam, "output": "weighted" if compensated else rule.output}
+    return {"lam": rule.lam, "beta": rule.beta, "output": rule.output}
+
+
 def engine_model(
     family: str,
     task: str | None = None,
@@ -54,8 +62,13 @@ def engine_model(
     base = models.build(
         family, task, layers=layers, dropout=dropout, dtype=torch.float64, attn_implementation=attn_implementation
     )
+    own = {} if coupling == "adapter" else settings(coupling, options.get("compensated", False))
     config = meft.MeftConfig(
-        task_type=task, coupling=coupling, backward=backward, bottleneck_dim=8, **{"arithmetic": "float", **options}
+        task_type=task,
+        coupling=coupling,
+        backward=backward,
+        bottleneck_dim=8,
+        **{"arithmetic": "float", **own, **options},
     )
     model = peft.get_peft_model(base, config)
     enlarge_adapters(model)
@@ -206,6 +219,9 @@ def test_eager_attention(family: str, backward: str) -> None:
         options_of("meft1", output=("sum", 0.1)),
         options_of("meft2", output=("sum", 0.1)),
         options_of("momentum", gamma=1.0),
+        options_of("momentum", gamma=0.25, output="weighted"),
+        options_of("momentum", gamma=0.25, compensated=True),
+        options_of("momentum", gamma=0.5, compensated=True, output="newest"),
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),
 )

@@ -161,7 +161,8 @@ def test_causes_sum_to_the_peak(method: str, family: str, task: str) -> None:
 def test_residues_are_counted_to_the_byte(coupling: str) -> None:
     layers, hidden = 5, 16
     task = "FEATURE_EXTRACTION"
-    model = apply_method(build("bert", task, layers=layers, hidden=hidden), coupling, task_type=task)
+    gamma = {"gamma": 1 / 4} if coupling == "momentum" else {}
+    model = apply_method(build("bert", task, layers=layers, hidden=hidden), coupling, task_type=task, **gamma)
     inputs = batch("bert", task, size=4, length=20, padding=None)
 
     report = measure(lambda: model(**inputs).last_hidden_state, model=model)

@@ -39,7 +39,7 @@ def test_trainable_parameters_by_hand() -> None:
     assert trainable("lora", lora_rank=2) == LAYERS * (square + wide) + head()
     assert trainable("adapter", bottleneck_dim=4) == LAYERS * 2 * adapter + head()
     assert trainable("meft1", bottleneck_dim=4) == LAYERS * 2 * adapter + head()
-    assert trainable("momentum", bottleneck_dim=4) == LAYERS * adapter + head()
+    assert trainable("momentum", bottleneck_dim=4) == LAYERS * 2 * adapter + head()
     assert trainable("meft1", bottleneck_dim=4, frozen_layers=1) == (LAYERS - 1) * 2 * adapter + head()
 
 

@@ -99,7 +99,7 @@ def config(family: str, task: str, *, layers: int, hidden: int, heads: int, drop
             attention_dropout=dropout,
             activation_dropout=dropout,
             classifier_dropout=dropout,
-            init_std=0.2,
+            adapter_init_std=0.2,
             decoder_start_token_id=END,
             forced_eos_token_id=None,
             is_decoder=task == "CAUSAL_LM",
@@ -117,7 +117,7 @@ def config(family: str, task: str, *, layers: int, hidden: int, heads: int, drop
         ffn_dim=2 * hidden,
         dropout=dropout,
         attention_dropout=dropout,
-        init_std=0.2,
+        adapter_init_std=0.2,
     )
 
 

@@ -16,6 +16,9 @@ projection of the feed-forward (or the attention) and before the model's own dro
 on therefore needs nothing but the same `torch.manual_seed` before each of the two forward passes. The inverse does not
 replay random numbers: use it without dropout.
 
+**Compensation.** With `compensated`, momentum's y1 = x2 + (1 + gamma) * (F(x2) - x2) - gamma * (x2 - x1), and the
+output is (newest + gamma * older) / (1 + gamma).
+
 **Signs.** With sign "random" each layer of `momentum` in training multiplies gamma by +1 or -1, one for each row of the
 batch, drawn before anything else of that layer. In evaluation gamma is 0.
 """
@@ -33,6 +36,7 @@ from torch.nn.functional import dropout
 
 Branch = Callable[[Tensor], Tensor]
 Output = str | tuple[str, float]
+PAPER_GAMMA = 0.25  # what momentum has here where no gamma is given: the reference knows no model
 
 
 # --- The equations, on any two functions F and G -------------------------------------------------------------------
@@ -53,7 +57,7 @@ TABLE = {
     "meft1": Rule(lam=0.1, beta=1.0, switch=True, newest="y1", output="mean"),
     "meft2": Rule(lam=1.0, beta=0.1, switch=True, newest="y2", output="mean"),
     "meft3": Rule(lam=0.1, beta=0.1, switch=False, newest="y2", output="mean"),
-    "momentum": Rule(lam=0.25, beta=1.0, switch=True, newest="y1", output="newest"),
+    "momentum": Rule(lam=PAPER_GAMMA, beta=1.0, switch=True, newest="y1", output="newest"),
 }
 
 
@@ -80,6 +84,8 @@ def combine(out1: Tensor, out2: Tensor, rule: Rule) -> Tensor:
         return (newest + older) / 2
     if rule.output == "newest":
         return newest
+    if rule.output == "weighted":
+        return (newest + rule.lam * older) / (1 + rule.lam)
     kind, s = rule.output
     assert kind == "sum", rule.output
     return newest + s * older
@@ -219,6 +225,12 @@ def whole_layer(layer: nn.Module, x: Tensor, adapter: Adapter | None, kwargs: Ma
     return family.feed_forward(layer, family.attention(layer, x, None, kwargs), adapter)
 
 
+def adapted_layer(layer: nn.Module, x: Tensor, part: Coupled, kwargs: Mapping[str, Any]) -> Tensor:
+    """The pretrained layer with adapter f in parallel to its feed-forward and adapter g behind it."""
+    y = whole_layer(layer, x, part.f, kwargs)
+    return y + bottleneck(layer, part.g, y)
+
+
 # --- The couplings: which function is F and which is G --------------------------------------------------------------
 
 
@@ -231,7 +243,9 @@ class Coupled:
     g: Adapter | None = None
 
 
-def branches(coupling: str, part: Coupled, lam: float | Tensor, kwargs: Mapping[str, Any]) -> tuple[Branch, Branch]:
+def branches(
+    coupling: str, part: Coupled, lam: float | Tensor, kwargs: Mapping[str, Any], compensated: bool = False
+) -> tuple[Branch, Branch]:
     """F and G of one layer. Under momentum lam is gamma and G is zero."""
     layer, f, g = part.layer, part.f, part.g
     family = family_of(layer)
@@ -242,7 +256,10 @@ def branches(coupling: str, part: Coupled, lam: float | Tensor, kwargs: Mapping[
     if coupling == "meft3":
         return lambda x2: family.attention(layer, x2, f, kwargs), lambda y1: family.feed_forward(layer, y1, g)
     assert coupling == "momentum", coupling
-    return lambda x2: whole_layer(layer, x2, f, kwargs) - lam * x2, torch.zeros_like
+    if compensated:
+        # All of y1 but gamma * x1, which `couple` adds.
+        return lambda x2: x2 + (1 + lam) * (adapted_layer(layer, x2, part, kwargs) - x2) - lam * x2, torch.zeros_like
+    return lambda x2: adapted_layer(layer, x2, part, kwargs) - lam * x2, torch.zeros_like
 
 
 def with_signs(rule: Rule, x: Tensor, layer: nn.Module) -> Rule:
@@ -257,9 +274,12 @@ def rule_for(
     beta: float | None = None,
     gamma: float | None = None,
     output: Output | None = None,
+    compensated: bool = False,
 ) -> Rule:
     """The coupling's row of the table with the options that were given put in its place."""
     default = TABLE[coupling]
+    if compensated and output is None:
+        output = "weighted"
     if coupling == "momentum":
         lam = gamma
     return Rule(
@@ -282,19 +302,26 @@ def forward_streams(
     rule: Rule,
     kwargs: Mapping[str, Any],
     sign: str = "fixed",
+    compensated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     for part in parts:
         drawn = rule if sign == "fixed" else with_signs(rule, x1, part.layer)
-        x1, x2 = couple(x1, x2, *branches(coupling, part, drawn.lam, kwargs), drawn)
+        x1, x2 = couple(x1, x2, *branches(coupling, part, drawn.lam, kwargs, compensated), drawn)
     return x1, x2
 
 
 def inverse_streams(
-    parts: Sequence[Coupled], out1: Tensor, out2: Tensor, coupling: str, rule: Rule, kwargs: Mapping[str, Any]
+    parts: Sequence[Coupled],
+    out1: Tensor,
+    out2: Tensor,
+    coupling: str,
+    rule: Rule,
+    kwargs: Mapping[str, Any],
+    compensated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What went into `forward_streams`, rebuilt from what came out of it."""
     for part in reversed(parts):
-        out1, out2 = uncouple(out1, out2, *branches(coupling, part, rule.lam, kwargs), rule)
+        out1, out2 = uncouple(out1, out2, *branches(coupling, part, rule.lam, kwargs, compensated), rule)
     return out1, out2
 
 
@@ -311,6 +338,7 @@ def coupled_hidden(
     frozen_layers: int = 0,
     cached_layers: int = 0,
     sign: str = "fixed",
+    compensated: bool = False,
 ) -> Tensor:
     """The hidden state after a whole stack.
 
@@ -333,13 +361,12 @@ def coupled_hidden(
             hidden = whole_layer(part.layer, hidden, None, kwargs)
     if coupling == "adapter":
         for part in reversible:
-            hidden = whole_layer(part.layer, hidden, part.f, kwargs)
-            hidden = hidden + bottleneck(part.layer, part.g, hidden)
+            hidden = adapted_layer(part.layer, hidden, part, kwargs)
         return hidden
     if not reversible:
         return hidden
-    rule = rule_for(coupling, lam, beta, gamma, output)
-    return combine(*forward_streams(reversible, hidden, hidden, coupling, rule, kwargs, sign), rule)
+    rule = rule_for(coupling, lam, beta, gamma, output, compensated)
+    return combine(*forward_streams(reversible, hidden, hidden, coupling, rule, kwargs, sign, compensated), rule)
 
 
 # --- The same, on the weights of a PEFT model -----------------------------------------------------------------------
@@ -374,7 +401,7 @@ def reference_hidden(
     Args:
         layers: one stack of wrapped layers, frozen ones included.
         encoder_hidden: encoder states for cross-attention; put into `layer_kwargs` as `encoder_hidden_states`.
-        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign.
+        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, compensated.
     """
     kwargs = dict(layer_kwargs or {})
     if encoder_hidden is not None:
@@ -406,7 +433,7 @@ def reference_model(
 
     Args:
         model: any model with lists of wrapped (or plain) layers of the supported families.
-        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, for every stack alike.
+        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, compensated, for every stack alike.
     """
     found = [
         (parent, name, child)

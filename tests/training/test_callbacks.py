@@ -113,7 +113,7 @@ def test_drift_is_the_largest_since_the_last_log(tmp_path: Path) -> None:
     """In float arithmetic: what the drift warning compares with the tolerance."""
 
     def drifts(logging_steps: int) -> list[float]:
-        model = adapted("opt", "meft1", "CAUSAL_LM", arithmetic="float", drift_tolerance=9.0)
+        model = adapted("opt", "meft1", "CAUSAL_LM", arithmetic="float", lam=0.1, output="mean", drift_tolerance=9.0)
         trainer = run(model, tmp_path, logging_steps=logging_steps, seed=1)
         return [entry[DRIFT] for entry in training_logs(trainer.state.log_history)]
 
@@ -135,7 +135,7 @@ def test_memory_of_one_more_layer(rank: int, tmp_path: Path) -> None:
     As the backward pass goes down, gradients take the place of residues, so the larger of the two makes the peak.
     """
     residues, gradients = ROWS * LENGTH * HIDDEN * 2 // 8, 2 * rank * HIDDEN * 4
-    deep, shallow = (peak(meft.make_reversible(lora(layers, rank)), tmp_path) for layers in (7, 6))
+    deep, shallow = (peak(meft.make_reversible(lora(layers, rank), gamma=1 / 4), tmp_path) for layers in (7, 6))
     assert deep - shallow == max(residues, gradients)
     deep, shallow = (peak(lora(layers, rank), tmp_path) for layers in (7, 6))
     assert deep - shallow > 32 * max(residues, gradients)

@@ -20,9 +20,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meft.engine.replay import of_one_call
-from meft.errors import UnsupportedModelError
+from meft.errors import ConfigError, UnsupportedModelError
 
 INIT_STD = 0.02
+
+PLACES: dict[str, dict[str, str]] = {
+    "adapter": {"f": "feed_forward", "g": "layer"},
+    "meft1": {"f": "feed_forward", "g": "function"},
+    "meft2": {"f": "function", "g": "feed_forward"},
+    "meft3": {"f": "attention", "g": "feed_forward"},
+    "momentum": {"f": "feed_forward", "g": "layer"},
+}
+"""The adapters of each method, by the letter in their parameters' names, and their places.
+
+"feed_forward" is beside the feed-forward, "attention" behind the attention, "layer" behind the layer (behind its last
+block, where a coupling takes blocks), "function" a function of its own, which the other stream is added to.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +69,29 @@ class Bottleneck:
         return self.up(narrow).to(hidden.dtype)
 
 
+def check_places(places: Any, method: str) -> list[str]:
+    """Returns the places of a method's adapters in the order of its row.
+
+    Raises:
+        ConfigError: one of them is no place of the method's, stands there twice, or there is none.
+    """
+    valid = list(PLACES[method].values())
+    listed = list(places) if isinstance(places, list | tuple) else None
+    if not listed or sorted(set(listed) & set(valid)) != sorted(listed):
+        raise ConfigError(
+            f"adapter_places={places!r} does not go with coupling={method!r}. Valid: some or all of {valid}, each "
+            "once, or None for all of them."
+        )
+    return [place for place in valid if place in listed]
+
+
 def new_projections(hidden_size: int, bottleneck_dim: int, std: float = INIT_STD) -> tuple[nn.Linear, nn.Linear]:
-    """Makes the down- and up-projection of a new adapter: weights N(0, std^2), biases zero."""
+    """Makes the down- and up-projection of a new adapter: weights N(0, std^2), biases zero.
+
+    With a std of 0 only the up-projection is zero; down's is 0.02, or neither would get a gradient.
+    """
     down, up = nn.Linear(hidden_size, bottleneck_dim), nn.Linear(bottleneck_dim, hidden_size)
-    for projection in (down, up):
+    for projection, std in ((down, std or INIT_STD), (up, std)):  # noqa: B020
         nn.init.normal_(projection.weight, std=std)
         nn.init.zeros_(projection.bias)
     return down, up

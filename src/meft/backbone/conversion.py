@@ -21,7 +21,7 @@ from meft.errors import ConfigError, MeftWarning
 from meft.loss import attach, detach, heads
 
 from .checkpointing import FLAG, inside, is_wrapped, warn_dropped
-from .discovery import Stack, check_module, find_stacks, pretrained_of
+from .discovery import Stack, check_module, find_stacks, post_norm, pretrained_of
 from .layers import ReversibleLayer
 from .plan import Plan
 from .recording import install_recording
@@ -48,6 +48,7 @@ def make_reversible(
     tile_size: int | str | None = "auto",
     fused_loss: bool = True,
     sign: str = "fixed",
+    compensated: bool | None = None,
 ) -> nn.Module:
     """Makes every layer stack of a model reversible, in place, without adding anything to train.
 
@@ -60,8 +61,9 @@ def make_reversible(
     Args:
         model: a Transformers model, or one that PEFT has put adapters in. Only its layer stacks are replaced.
         coupling: "momentum", "meft1", "meft2" or "meft3", without the adapters the latter have in `MeftConfig`.
-        gamma: factor of `momentum`; None for 1/4.
-        lam: factor of the first stream of the others; None for the coupling's own.
+        gamma: factor of `momentum`; None for 1/32.
+        lam: factor of the first stream of the others; None for the coupling's own, which depends on whether the layers
+            end in a norm (docs/gamma.md).
         beta: factor of their second stream; None for the coupling's own.
         output: how the last streams are read; None for the coupling's own.
         arithmetic: "exact" rebuilds activations bit for bit; "float" does not.
@@ -83,6 +85,7 @@ def make_reversible(
             training (`meft.loss`).
         sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average the plain
             model is trained; in evaluation the model is the plain one (`momentum`).
+        compensated: make up for the slower pace that gamma gives the newest stream (`momentum`); None for no.
 
     Returns:
         The model that was passed in.
@@ -92,25 +95,28 @@ def make_reversible(
         UnsupportedModelError: the model has no layer stack, or one that the coupling cannot take.
     """
     check_module(model, "make_reversible")
-    plan = Plan.make(
-        coupling=coupling,
-        lam=lam,
-        beta=beta,
-        gamma=gamma,
-        output=output,
-        arithmetic=arithmetic,
-        backward=backward,
-        fraction_bits=fraction_bits,
-        frozen_layers=frozen_layers,
-        cached_layers=cached_layers,
-        drift_tolerance=drift_tolerance,
-        anchor_every=anchor_every,
-        granularity=granularity,
-        tile_size=tile_size,
-        sign=sign,
-    )
+    options: dict[str, Any] = {
+        "coupling": coupling,
+        "lam": lam,
+        "beta": beta,
+        "gamma": gamma,
+        "output": output,
+        "arithmetic": arithmetic,
+        "backward": backward,
+        "fraction_bits": fraction_bits,
+        "frozen_layers": frozen_layers,
+        "cached_layers": cached_layers,
+        "drift_tolerance": drift_tolerance,
+        "anchor_every": anchor_every,
+        "granularity": granularity,
+        "tile_size": tile_size,
+        "sign": sign,
+        "compensated": compensated,
+    }
+    Plan.make(**options)
     refuse_sharded(model)
     taken = find_stacks(model, stacks)
+    plan = Plan.make(**options, post_norm=post_norm(taken))
     for stack in taken:
         _refuse_reversible(stack, plan)
     reversible_stacks = [stack.reversible_stack(plan) for stack in taken]

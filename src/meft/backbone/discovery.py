@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meft.errors import ConfigError, UnsupportedModelError
 
-from .architectures import split_of
+from .architectures import ends_in_norm, split_of
 from .architectures.repeats import order_of
 from .checkpointing import inside
 from .layers import ReversibleLayer
@@ -155,6 +155,14 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
                 "some of these, or modules they lie in."
             )
     return [stack for stack in stacks if any(stack.lies_in(name) for name in chosen)]
+
+
+def post_norm(stacks: Sequence[Stack]) -> bool:
+    """Tells whether the layers of all stacks end in a norm; what is not known counts as not.
+
+    A model is taken as a whole: factors that are right for pre-norm layers keep post-norm ones near their start too.
+    """
+    return all(ends_in_norm(pretrained_of(stack.layers[-1]), stack.hidden_size) for stack in stacks)
 
 
 def check_module(model: Any, function: str) -> None:

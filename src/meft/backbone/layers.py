@@ -22,7 +22,7 @@ from meft.engine.engine import LayerCall, finish, readout, run_layer
 from meft.engine.sharding import check_sharding
 from meft.errors import ConfigError, UnsupportedModelError
 
-from .adapters import Bottleneck, behind, beside
+from .adapters import behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
 from .calls import Block, CallArguments, recording, recording_off, requiring, split_hidden, split_output, without_cache
 from .checkpointing import FLAG, checkpointed, flagged, inside, is_wrapped, unflagged
@@ -194,16 +194,12 @@ class ReversibleLayer(StandIn):
         return output
 
     def _uncoupled(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The ordinary layer with the same adapters: f beside its feed-forward, g behind the layer."""
-        layer = self._whole(placement, placement.f, run)
+        """The ordinary layer with the same adapters."""
+        layer = self._whole(placement, run)
 
         def forward(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             with unflagged(self.pretrained):
-                output = layer(hidden, args, kwargs)
-            if placement.g is None:
-                return output
-            state, _ = split_output(output, hidden, placement.name)
-            return _with_state(output, state + placement.g(state))
+                return layer(hidden, args, kwargs)
 
         # The layer's own checkpointing would leave the adapters out of what is run again. Its flag decides, if it has
         # one: Transformers may set it on every other layer.
@@ -227,22 +223,18 @@ class ReversibleLayer(StandIn):
         runner: Runner = run if compiler is None else partial(_compiled, compiler)
         tiles: dict[str, int] = {}
         if coupling.splits:
-            # meft3 has adapters in both blocks; momentum has one beside the feed-forward, wherever it is.
-            behind_attention, beside_feed_forward = (placement.f, placement.g)
-            if coupling.name == "momentum":
-                behind_attention, beside_feed_forward = None, placement.f
             split = split_of(self.pretrained, placement.name)
             functions = {
-                "F": call.function("F", self._attention(split, behind_attention, runner)),
-                "G": call.function("G", self._feed_forward(split, placement, beside_feed_forward, runner), main=False),
+                "F": call.function("F", self._attention(split, placement, runner)),
+                "G": call.function("G", self._feed_forward(split, placement, runner), main=False),
             }
             tile = placement.reversible_stack.plan.tile(hidden.shape[:-1].numel())
             if tile is not None and not recording() and tokenwise(self.pretrained):
                 tiles["G"] = tile
         else:
             main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
-            inside, alone = (placement.g, placement.f) if main == "G" else (placement.f, placement.g)
-            functions = {main: call.function(main, self._whole(placement, inside, runner))}
+            functions = {main: call.function(main, self._whole(placement, runner))}
+            alone = placement.adapter("function")
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
@@ -250,8 +242,9 @@ class ReversibleLayer(StandIn):
         compiled = compiler is not None or any(map(is_compiled, modules))
         return LayerCall(functions, parameters, call.outside, modules, tiles, vet, compiled)
 
-    def _whole(self, placement: Placement, adapter: Bottleneck | None, runner: Runner) -> Block:
+    def _whole(self, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module
+        adapter, last = placement.adapter("feed_forward"), placement.adapter("layer")
         ends = None if adapter is None else feed_forward_of(layer, placement.name, chosen)
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -259,12 +252,16 @@ class ReversibleLayer(StandIn):
                 # TRL switches it on again between the forward pass and the recomputation.
                 self._switch_off_checkpointing((layer,), placement.reversible_stack)
             with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
-                return runner(whole, layer, hidden, args, kwargs)
+                output = runner(whole, layer, hidden, args, kwargs)
+            if last is None:
+                return output
+            state, _ = split_output(output, hidden, placement.name)
+            return _with_state(output, state + last(state))
 
         return block
 
-    def _attention(self, split: Architecture, adapter: Bottleneck | None, runner: Runner) -> Block:
-        layer = self.pretrained
+    def _attention(self, split: Architecture, placement: Placement, runner: Runner) -> Block:
+        layer, adapter = self.pretrained, placement.adapter("attention")
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             with behind(layer.get_submodule(split.attention_exit), adapter):
@@ -272,17 +269,17 @@ class ReversibleLayer(StandIn):
 
         return block
 
-    def _feed_forward(
-        self, split: Architecture, placement: Placement, adapter: Bottleneck | None, runner: Runner
-    ) -> Block:
+    def _feed_forward(self, split: Architecture, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module
+        adapter, last = placement.adapter("feed_forward"), placement.adapter("layer")
 
         def block(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
             with ExitStack() as stack:
                 if adapter is not None:
                     ends = feed_forward_of(layer, placement.name, chosen)
                     stack.enter_context(beside(*ends, adapter, placement.name))
-                return runner(split.feed_forward_block, layer, hidden, (), {})
+                output: Tensor = runner(split.feed_forward_block, layer, hidden, (), {})
+            return output if last is None else output + last(output)
 
         return block
 

@@ -37,6 +37,7 @@ class Plan:
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: layers between streams that are kept, or None.
         tile_size: tokens that a feed-forward block is given at once, "auto", or None for all of them.
+        post_norm: whether the layers were taken as ending in a norm, where the coupling's own factors depend on it.
         feedforward_module: the child of a layer beside which the parallel adapter stands; None for the known one.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     anchor_every: int | None = None
     feedforward_module: str | None = None
     tile_size: int | str | None = "auto"
+    post_norm: bool = True
 
     @classmethod
     def make(
@@ -70,8 +72,13 @@ class Plan:
         granularity: str = "layer",
         tile_size: int | str | None = "auto",
         sign: str = "fixed",
+        compensated: bool | None = None,
+        post_norm: bool = True,
     ) -> Plan:
         """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
+
+        `post_norm` says whether every stack's layers end in a norm (`architectures.ends_in_norm`), which decides about
+        the factors and the output rule that were left open.
 
         Raises:
             ConfigError: an option has a value that is not valid, alone or beside the others.
@@ -96,7 +103,15 @@ class Plan:
         steps = None
         if coupling is not None:
             steps = make_coupling(
-                coupling, lam=lam, beta=beta, gamma=gamma, output=output, granularity=granularity, sign=sign
+                coupling,
+                lam=lam,
+                beta=beta,
+                gamma=gamma,
+                output=output,
+                granularity=granularity,
+                sign=sign,
+                compensated=compensated,
+                post_norm=post_norm,
             )
             steps.check(numbers)
         reversible = backward == "reversible"
@@ -110,7 +125,13 @@ class Plan:
             anchor_every,
             feedforward_module,
             tile_size,
+            post_norm,
         )
+
+    def __str__(self) -> str:
+        """The plan as its options: "coupling 'momentum', gamma 0.0625, output 'newest', ...; post-norm layers"."""
+        options = ", ".join(f"{name} {value!r}" for name, value in _options(self).items() if value is not None)
+        return f"{options}; {'post-norm' if self.post_norm else 'pre-norm'} layers"
 
     def tile(self, tokens: int) -> int | None:
         """How many of so many tokens to give a feed-forward block at once; None for all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -266,12 +266,11 @@ class ReversibleStack:
 
 @dataclass(frozen=True)
 class Placement:
-    """One adapter's view of a layer: where the layer stands, and the adapters inside F and G (or None)."""
+    """One adapter's view of a layer: where the layer stands, and its bottlenecks by place (`adapters.PLACES`)."""
 
     reversible_stack: ReversibleStack
     index: int
-    f: Bottleneck | None = None
-    g: Bottleneck | None = None
+    adapters: Mapping[str, Bottleneck] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -280,7 +279,11 @@ class Placement:
 
     @property
     def has_adapters(self) -> bool:
-        return self.f is not None or self.g is not None
+        return bool(self.adapters)
+
+    def adapter(self, place: str) -> Bottleneck | None:
+        """The bottleneck at a place, or None."""
+        return self.adapters.get(place)
 
 
 def _followed(tape: Tape, hidden: Tensor) -> bool:

@@ -44,6 +44,7 @@ _COUPLING_OPTIONS = (
     "anchor_every",
     "granularity",
     "sign",
+    "compensated",
     "tile_size",
 )
 

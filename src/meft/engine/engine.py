@@ -354,6 +354,8 @@ class _Tiled:
         above = pending.streams[self.step.target]
         if above is not None and not self.whole:
             above = tile_of(above, part)
+        if above is not None:
+            above = self.step.to_value(above)
         pairs = zip(edges, (above, *pending.further), strict=False)
         known = [(edge[0], g.to(edge[1])) for edge, g in pairs if edge is not None and g is not None]
         wanted = (*pending.leaves, source) if pending.below and source is not None else tuple(pending.leaves)
@@ -373,8 +375,7 @@ class _Tiled:
         if above is not None:
             scaled = step.scaled(above, self.pending.signs)
             streams[step.target] = scaled
-            if step.difference:
-                streams[step.source] = _added(streams[step.source], -scaled)
+            streams[step.source] = _added(streams[step.source], step.to_source(scaled))
         if self.found:
             streams[step.source] = _added(streams[step.source], joined(self.found, self.shape))
 

@@ -41,8 +41,8 @@ class Route(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor | None, Tensor | None]:
         scaled = ctx.step.scaled(gradient, ctx.signs)
-        to_source = -scaled if ctx.step.difference else None
-        return None, None, scaled, to_source, None if ctx.value_dtype is None else gradient.to(ctx.value_dtype)
+        to_value = None if ctx.value_dtype is None else ctx.step.to_value(gradient).to(ctx.value_dtype)
+        return None, None, scaled, ctx.step.to_source(scaled), to_value
 
 
 class Readout(torch.autograd.Function):

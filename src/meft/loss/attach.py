@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +16,18 @@ from .lazy import lazy_linear
 
 Change = tuple[nn.Module, str, Any]
 """(module, attribute, value before), as `meft.backbone.layers.ReversibleStack.changes` has them."""
+
+_LAZILY: ContextVar[bool] = ContextVar("meft_lazily", default=False)
+
+
+@contextmanager
+def lazily() -> Iterator[None]:
+    """Puts logits off in evaluation without gradients too, for somebody who needs a few of them."""
+    token = _LAZILY.set(True)
+    try:
+        yield
+    finally:
+        _LAZILY.reset(token)
 
 
 class FusedLinear(nn.Linear):
@@ -31,7 +46,9 @@ class FusedLinear(nn.Linear):
 
     def _alone(self, input: Tensor) -> bool:
         """Whether the weights may be used after this call, and a loss may follow."""
-        if not (self.training and torch.is_grad_enabled()) or torch.jit.is_tracing():
+        if not (self.training and torch.is_grad_enabled()) and not _LAZILY.get():
+            return False
+        if torch.jit.is_tracing():
             return False
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         # FSDP and DeepSpeed gather the weights of a module for its call only, by hooks; Accelerate by `_hf_hook`.
@@ -40,7 +57,8 @@ class FusedLinear(nn.Linear):
         tensors = [t for t in (input, self.weight, self.bias) if t is not None]
         if any(is_traceable_wrapper_subclass(t) or t.is_inference() for t in tensors):
             return False
-        return any(t.requires_grad for t in tensors) and not torch._C._are_functorch_transforms_active()
+        wanted = _LAZILY.get() or any(t.requires_grad for t in tensors)
+        return wanted and not torch._C._are_functorch_transforms_active()
 
 
 def attach(model: nn.Module) -> list[Change]:

@@ -34,6 +34,9 @@ _APPLIES_TO: dict[str, tuple[str, ...]] = {
     "gamma": ("momentum",),
     "granularity": ("momentum",),
     "sign": ("momentum",),
+    "compensated": ("momentum",),
+    "adapter_places": ("adapter", *COUPLED_METHODS),
+    "adapter_init_std": ("adapter", *COUPLED_METHODS),
     "tile_size": ("meft3", "momentum"),
     "frozen_layers": ("adapter", *COUPLED_METHODS),
     "stacks": ("adapter", *COUPLED_METHODS),
@@ -54,7 +57,8 @@ class MethodOptions:
         lora_alpha: LoRA scales its update by `lora_alpha / lora_rank`.
         lora_dropout: Dropout probability on the input of the LoRA updates.
         lam, beta, gamma, output, arithmetic, backward, fraction_bits, frozen_layers, cached_layers,
-            drift_tolerance, anchor_every, granularity, sign, tile_size, stacks, feedforward_module: As in `MeftConfig`.
+            drift_tolerance, anchor_every, granularity, sign, compensated, adapter_places, adapter_init_std,
+            tile_size, stacks, feedforward_module: As in `MeftConfig`.
         modules_to_save: Names of modules trained in full and saved beside the adapter. `None`: the task head.
             `bitfit` trains them besides the biases; what it saves is the whole model in any case.
     """
@@ -76,6 +80,9 @@ class MethodOptions:
     anchor_every: int | None = None
     granularity: Literal["layer", "block"] | None = None
     sign: Literal["fixed", "random"] | None = None
+    compensated: bool | None = None
+    adapter_places: tuple[str, ...] | None = None
+    adapter_init_std: float | None = None
     tile_size: int | None = None
     stacks: tuple[str, ...] | None = None
     feedforward_module: str | None = None
@@ -167,8 +174,9 @@ def _meft_config(method: str, task_type: str | None, options: MethodOptions) -> 
         "bottleneck_dim": options.bottleneck_dim,
     }
     values |= {name: value for name in _APPLIES_TO if (value := getattr(options, name)) is not None}
-    if options.stacks is not None:
-        values["stacks"] = list(options.stacks)
+    for name in ("stacks", "adapter_places"):
+        if name in values:
+            values[name] = list(values[name])
     return MeftConfig(modules_to_save=_as_list(options.modules_to_save), **values)
 
 

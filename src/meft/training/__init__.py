@@ -21,13 +21,13 @@ from meft.storage.files import finite, publish_files, remove_leftovers, staged, 
 
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
-from .before import REFERENCE, CostsBeforeTraining
+from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining
 from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
 from .data.base import TaskSpec
 from .kinds.base import Say, say_nothing
 from .preparation import TASK_FILE, Prepared, prepare_training
-from .runs import RESULTS_FILE, claimed, inspect_folder
+from .runs import RESULTS_FILE, begun_with, claimed, inspect_folder, settings_of
 from .selection import EarlyStopping, check_early_stopping, check_metric
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
@@ -89,26 +89,34 @@ def train(
         seed=trainer_arguments.seed,
         deterministic=trainer_arguments.full_determinism,
         say=say,
+        settings=begun_with(folder, meft_arguments.method) if state == "resume" else None,
     )
+    settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
     record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
         run = {}
         if trainer_arguments.should_save:
-            run = stack.enter_context(claimed(folder, state, arguments, command))
+            run = stack.enter_context(claimed(folder, state, arguments, command, settings))
             remove_leftovers(folder)
         _wait_for_others(trainer_arguments)
         steps = run_arguments.measure_steps
         costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
+        start = _checkpoint(folder, trainer_arguments, say)
+        distance = StartBeforeTraining(folder, trainer_arguments, say)
+
+        def before_training(model: nn.Module) -> None:
+            costs(model)
+            distance(model, resumed=start is not None)
+
         trainer = build_trainer(
             prepared,
             trainer_arguments,
             patience=run_arguments.early_stopping_patience,
-            before_training=costs,
+            before_training=before_training,
             extra_files=lambda place: write_json(place / TASK_FILE, record),
         )
-        start = _checkpoint(folder, trainer_arguments, say)
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state
@@ -120,6 +128,8 @@ def train(
             "task": prepared.spec.name,
             "model": model_arguments.model_name_or_path,
             **_figures(trainer, prepared, metrics, costs.found, meft_arguments.method),
+            "settings": settings,
+            "start": None if distance.found is None else finite(asdict(distance.found)),
             "versions": results.versions(),
             "hardware": results.hardware(),
             "command": run.get("command"),

@@ -122,8 +122,10 @@ class MeftArguments:
     lora_dropout: float = option("Dropout on the input of LoRA's updates.", 0.0)
     lam: float | None = option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
     beta: float | None = option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
-    gamma: float | None = option("Factor of the momentum (momentum). Left out: 0.25.")
-    output: str | None = option("What leaves the layers: mean, newest, or sum:0.1. Left out: the method's own.")
+    gamma: float | None = option("Factor of the momentum (momentum). Left out: 1/32.")
+    output: str | None = option(
+        "What leaves the layers: mean, newest, weighted (momentum), or sum:0.1. Left out: the method's own."
+    )
     arithmetic: Literal["exact", "float"] | None = option("exact rebuilds activations bit for bit; float drifts.")
     backward: Literal["reversible", "cached"] | None = option("cached keeps the activations: for comparison.")
     fraction_bits: int | None = option("Precision of the exact arithmetic: its step is 2 to the minus this.")
@@ -136,6 +138,14 @@ class MeftArguments:
     )
     sign: Literal["fixed", "random"] | None = option(
         "random draws the sign of gamma in training, for the plain model's sake (momentum). Left out: fixed."
+    )
+    compensated: bool | None = option("Make up for the pace that gamma takes from the newest stream (momentum).")
+    adapter_places: list[str] | None = field(
+        default=None, metadata={"help": "Places of the adapters: feed_forward, layer. Left out: all of the method's."}
+    )
+    adapter_init_std: float | None = option(
+        "Standard deviation that the adapters' up-projections start with. Left out: 0.02 on layers that end in a norm, "
+        "0 on others."
     )
     tile_size: int | None = option(
         "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
@@ -152,7 +162,7 @@ class MeftArguments:
         """The same as `meft.methods.registry` takes them."""
         values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
         values["output"] = _parse_output(self.output)
-        for name in ("modules_to_save", "stacks"):
+        for name in ("modules_to_save", "stacks", "adapter_places"):
             values[name] = tuple(values[name]) if values[name] else None
         return MethodOptions(**values)
 

@@ -7,15 +7,38 @@ from pathlib import Path
 
 from torch import nn
 
-from meft.storage.files import read_json, write_json
+from meft.storage.files import finite, read_json, write_json
+from meft.verification.distance import Distance
 
 from .arguments import TrainerArguments
+from .callbacks import FirstBatch
 from .costs import StepCosts, autocast_of, measure_costs
 from .kinds.base import Say
 from .preparation import Prepared
 
-COSTS_FILE = "costs.json"
+COSTS_FILE, START_FILE = "costs.json", "start.json"
 REFERENCE = "full"
+
+
+class StartBeforeTraining:
+    """Compares the coupled model with the plain one on the first batch, and keeps what it found for a resumed run."""
+
+    def __init__(self, folder: Path, arguments: TrainerArguments, say: Say) -> None:
+        self.file, self.arguments, self.say = folder / START_FILE, arguments, say
+        self.found = Distance(**read_json(self.file)) if self.file.is_file() else None
+
+    def __call__(self, model: nn.Module, *, resumed: bool) -> None:
+        """Waits for the model's first call in training, unless that goes on with what was trained before."""
+        if self.found is None and not resumed:
+            FirstBatch(self._tell).wait(model)
+
+    def _tell(self, found: Distance) -> None:
+        self.found = found
+        if self.arguments.should_save:
+            write_json(self.file, finite(asdict(found)))
+        loss = "" if found.loss is None else f"loss {found.loss:.4f}, of the plain model {found.plain_loss:.4f}"
+        kl = "" if found.kl is None else f"predictions {found.kl:.4f} nats (KL) from the plain model's"
+        self.say(f"Start, on the first batch: {'; '.join(part for part in (loss, kl) if part)}.")
 
 
 class CostsBeforeTraining:

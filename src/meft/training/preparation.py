@@ -80,8 +80,11 @@ def prepare_training(
     seed: int,
     deterministic: bool = False,
     say: Say,
+    settings: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Loads data and model, seeds every generator, and applies the method.
+
+    `settings` are those that a run which goes on began with, for options that are left open.
 
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
@@ -101,6 +104,7 @@ def prepare_training(
     encoded = kind.encode(data, processor, base, data_arguments, say)
     check_labelled(encoded.unlabelled)
     options = vars(meft_arguments.options())
+    options |= {name: value for name, value in (settings or {}).items() if options[name] is None}
     if meft_arguments.method != "full":
         heads = kind.heads(base, new_modules)
         options["modules_to_save"] = tuple(dict.fromkeys((*(options["modules_to_save"] or ()), *heads))) or None

@@ -13,9 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from meft.backbone.adapters import PLACES
 from meft.errors import BusyFolderError, OutputFolderError
 from meft.storage.files import read_json, write_json
 from meft.storage.results import now
+from meft.tuner.config import SETTINGS, MeftConfig, saved_before
 
 RUN_FILE, RESULTS_FILE, _LOCK_FILE = "run.json", "results.json", ".lock"
 State = Literal["new", "resume", "replace"]
@@ -105,8 +107,27 @@ def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
     return [f"{name} was {before[name]!r} and is {arguments[name]!r}" for name in differing]
 
 
+def settings_of(model: Any) -> dict[str, Any] | None:
+    """What a MEFT adapter took where its options left it open; None for a model without one."""
+    configs = getattr(model, "peft_config", None)
+    config = configs.get("default") if isinstance(configs, dict) else None
+    return {name: getattr(config, name) for name in SETTINGS} if isinstance(config, MeftConfig) else None
+
+
+def begun_with(folder: Path, method: str) -> dict[str, Any]:
+    """The settings that an unfinished run began with, so that it goes on with them after defaults have changed.
+
+    Runs of version 0.1.0 did not say; they had that version's.
+    """
+    run = read_json(folder / RUN_FILE)
+    found = run["settings"] if "settings" in run else saved_before(method) if method in PLACES else None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in (found or {}).items()}
+
+
 @contextmanager
-def claimed(folder: Path, state: State, arguments: Mapping[str, Any], command: str) -> Iterator[dict[str, Any]]:
+def claimed(
+    folder: Path, state: State, arguments: Mapping[str, Any], command: str, settings: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """Makes the folder this run's for as long as the block runs, and yields the content of `run.json`.
 
     Raises:
@@ -121,7 +142,7 @@ def claimed(folder: Path, state: State, arguments: Mapping[str, Any], command: s
         if state == "resume":
             run = read_json(folder / RUN_FILE)
         else:
-            run = {"command": command, "started": now(), "arguments": dict(arguments)}
+            run = {"command": command, "started": now(), "arguments": dict(arguments), "settings": settings}
             write_json(folder / RUN_FILE, run)
         yield run
 

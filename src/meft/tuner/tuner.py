@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils import logging
 
-from meft.backbone.adapters import Bottleneck, new_projections
+from meft.backbone.adapters import PLACES, Bottleneck, new_projections
 from meft.backbone.architectures import feed_forward_of
 from meft.backbone.checkpointing import inside, is_wrapped, warn_dropped
 from meft.backbone.compilation import is_compiled
 from meft.backbone.conversion import name_units, prepare_stacks, undo
-from meft.backbone.discovery import Stack, find_stacks, pretrained_of
+from meft.backbone.discovery import Stack, find_stacks, post_norm, pretrained_of
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
 from meft.backbone.stack import Placement, ReversibleStack
@@ -113,7 +113,10 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
             return
         # The parallel adapter must have a place before anything is changed.
         feed_forward_of(self.base_layer, reversible_stack.layer_name(index), config.feedforward_module)
-        for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
+        assert config.adapter_places is not None and config.adapter_init_std is not None
+        for function, place in PLACES[config.coupling].items():
+            if place not in config.adapter_places:
+                continue
             down, up = new_projections(stack.hidden_size, config.bottleneck_dim, config.adapter_init_std)
             parts: dict[str, nn.Module] = {"down": down, "up": up}
             if config.adapter_norm:
@@ -130,8 +133,13 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
             return None
         _check_single(active)
         reversible_stack, index, activation, _ = self.meft_places[active[0]]
-        f, g = (self._bottleneck(function, active[0], activation) for function in ("f", "g"))
-        return Placement(reversible_stack, index, f, g)
+        coupling = ADAPTER_ONLY if reversible_stack.plan.coupling is None else reversible_stack.plan.coupling.name
+        adapters = {
+            place: adapter
+            for function, place in PLACES[coupling].items()
+            if (adapter := self._bottleneck(function, active[0], activation)) is not None
+        }
+        return Placement(reversible_stack, index, adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_names, str):
@@ -191,9 +199,10 @@ class MeftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(MeftConfig, self.peft_config[adapter_name])
-        plan = config.plan()
         refuse_sharded(model)
         stacks = find_stacks(model, config.stacks)
+        config.reopen()
+        plan = config.plan(post_norm(stacks))
         _refuse_plain_reversible(stacks)
         _refuse_same_name(stacks, adapter_name, config)
         self._check_base(config, stacks)
@@ -208,6 +217,7 @@ class MeftModel(BaseTuner):
                     feed_forward_of(pretrained, reversible_stack.layer_name(index), config.feedforward_module)
                     _refuse_compiled(layer, reversible_stack.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, reversible_stack, index)
+        config.fill_in(plan)
         self._places = places
         _refuse_held_elsewhere(model, stacks)
         _refuse_saved_inside(model, stacks, config)

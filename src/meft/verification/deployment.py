@@ -21,6 +21,7 @@ from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
 from meft.backbone.stack import Placement, ReversibleStack
+from meft.engine.couplings import output_weights
 from meft.engine.replay import RngState
 from meft.errors import ConfigError
 
@@ -88,6 +89,15 @@ def _with_steps(plan: Plan, change: Any) -> Plan:
     return dataclasses.replace(plan, coupling=dataclasses.replace(plan.coupling, steps=steps))
 
 
+def _with_gamma(plan: Plan, gamma: float) -> Plan:
+    """The plan with another gamma, in its output rule as well if that has one."""
+    changed = _with_steps(plan, lambda step: dataclasses.replace(step, factor=gamma))
+    if changed.coupling is None or changed.coupling.rule != "weighted":
+        return changed
+    weights = output_weights("weighted", gamma)
+    return dataclasses.replace(changed, coupling=dataclasses.replace(changed.coupling, output=weights))
+
+
 def _loss(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -99,7 +109,7 @@ def _loss(
 
     def change(plan: Plan) -> Plan:
         plan = as_in_training(plan)
-        return plan if gamma is None else _with_steps(plan, lambda step: dataclasses.replace(step, factor=gamma))
+        return plan if gamma is None else _with_gamma(plan, gamma)
 
     drawn = any(s.plan.coupling is not None and s.plan.coupling.random for s in reversible_stacks)
     for generator in state:

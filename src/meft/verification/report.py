@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,15 @@ class StartingPoint:
         loss: |coupled - plain| / |plain| of the loss, or None where the batch has no labels.
         coupled_loss: the model's loss in evaluation, or None.
         plain_loss: the same of the plain model.
+        kl: KL divergence of the model's predictions from the plain model's in nats, a mean over positions; None where
+            it returns no logits.
     """
 
     hidden_state: float
     loss: float | None = None
     coupled_loss: float | None = None
     plain_loss: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class VerifyReport:
         gradient_tolerance: the `gradient_error` that is allowed.
         integrity_error: what the integrity check of the backward pass raised, or None.
         deployment: the loss as trained and as deployed, if `verify` was asked for it.
+        plans: by name of the stack, the options it is run with, those that were left open included.
     """
 
     bitwise: bool
@@ -110,6 +114,7 @@ class VerifyReport:
     gradient_tolerance: float
     integrity_error: str | None = None
     deployment: Deployment | None = None
+    plans: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worst_reconstruction(self) -> float:
@@ -180,6 +185,10 @@ class VerifyReport:
         if start.loss is not None:
             change = f"change of the loss: {start.coupled_loss:.4f} instead of {start.plain_loss:.4f}"
             table.add_row("", _number(start.loss), change)
+        if start.kl is not None:
+            table.add_row("", _number(start.kl), "nats (KL) of its predictions from the plain model's")
+        for name, plan in self.plans.items():
+            table.add_row("plan", "", f"{name}: {plan}")
         table.add_row("verdict", "passed" if self.passed() else "failed", "")
         return table
 

@@ -27,6 +27,7 @@ from meft.engine.replay import RngState
 from meft.errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
 
 from .deployment import as_in_training, compare_deployment, refuse_deployment
+from .distance import distance_from_plain, plain
 from .gradients import Gradient, gradients_of, loss_of, relative_differences
 from .preserve import preserved, replaced
 from .reconstruction import CoupledStack, Recorder, relative_difference
@@ -103,6 +104,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, deploy: bool = False) 
         gradient_tolerance=_gradient_tolerance(precision, plans),
         integrity_error=integrity_error,
         deployment=deployment,
+        plans={entry.name: str(plan) for entry, plan in zip(coupled, plans, strict=True)},
     )
 
 
@@ -224,12 +226,16 @@ def _starting_point(
     _put(state)
     with replaced([entry.reversible_stack for entry in coupled], as_in_training):
         hidden, loss = _evaluated(model, inputs, coupled)
-    with _plain(coupled):
+    layers = [layer for entry in coupled for layer in entry.stack.layers if isinstance(layer, ReversibleLayer)]
+    with plain(layers):
         plain_hidden, plain_loss = _evaluated(model, inputs, coupled)
     change = relative_difference(hidden, plain_hidden)
+    _put(state)
+    distance = distance_from_plain(model, **inputs)
+    kl = None if distance is None else distance.kl
     if loss is None or plain_loss is None:
-        return StartingPoint(change)
-    return StartingPoint(change, relative_difference(loss, plain_loss), float(loss), float(plain_loss))
+        return StartingPoint(change, kl=kl)
+    return StartingPoint(change, relative_difference(loss, plain_loss), float(loss), float(plain_loss), kl)
 
 
 def _evaluated(
@@ -269,19 +275,6 @@ def _differentiable() -> Iterator[None]:
 def _without_integrity_check(plan: Plan) -> Plan:
     """Streams may deviate under anchors; the first one lies above any layer here."""
     return dataclasses.replace(plan, anchor_every=plan.anchor_every or 2**62, drift_tolerance=math.inf)
-
-
-@contextmanager
-def _plain(coupled: Sequence[CoupledStack]) -> Iterator[None]:
-    """Runs the pretrained layers as they are, with whatever else the model holds (heads, LoRA inside the layers)."""
-    layers = [layer for entry in coupled for layer in entry.stack.layers if isinstance(layer, ReversibleLayer)]
-    try:
-        for layer in layers:
-            layer.__dict__["placement"] = lambda: None
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("placement", None)
 
 
 @contextmanager

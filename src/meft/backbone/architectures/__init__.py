@@ -8,6 +8,7 @@ takes the layer as a black box, as long as their feed-forward has a usual name (
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,7 @@ from . import (
     wav2vec2,
 )
 from .base import Architecture
+from .norms import last_is_norm
 from .placement import PAIRS, WHOLE, submodule, usual
 
 FAMILIES = (
@@ -72,7 +74,7 @@ FAMILIES = (
 TABLE: dict[str, Architecture] = {name: row for family in FAMILIES for name, row in family.ROWS.items()}
 """Layer classes of Transformers, by name, and what is known of them."""
 
-__all__ = ["FAMILIES", "TABLE", "Architecture", "architecture_of", "feed_forward_of", "split_of"]
+__all__ = ["FAMILIES", "TABLE", "Architecture", "architecture_of", "ends_in_norm", "feed_forward_of", "split_of"]
 
 _INSTEAD = 'Use coupling="meft1", "meft2" or "momentum", which take a layer as a whole.'
 
@@ -85,6 +87,19 @@ def architecture_of(layer: nn.Module) -> Architecture | None:
     """
     owner = _owner_of_forward(layer)
     return None if owner is None else TABLE.get(owner)
+
+
+def ends_in_norm(layer: nn.Module, width: int) -> bool:
+    """Tells whether what a layer returns was made by a norm (BERT), or by adding to its input (GPT-2, Llama).
+
+    The layer is asked, not its name: the part of it that needs nothing but a hidden state is run on two tokens, its
+    feed-forward block where the table knows one, the whole layer otherwise. A layer that does not run so counts as one
+    that does not end in a norm.
+    """
+    known = architecture_of(layer)
+    if known is None or known.refuses(layer) is not None:
+        return last_is_norm(layer, layer, width)
+    return last_is_norm(layer, partial(known.feed_forward_block, layer), width)
 
 
 def feed_forward_of(layer: nn.Module, name: str, chosen: str | None = None) -> tuple[nn.Module, nn.Module]:
