@@ -67,6 +67,10 @@ class DriftWarning(MeftWarning):
     """Float arithmetic rebuilt an activation worse than `drift_tolerance` allows."""
 
 
+class MaterializedLogitsWarning(MeftWarning):
+    """Logits whose loss could be taken in tiles were made whole."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, as a sentence; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -62,7 +62,7 @@ class Tiled:
     ) -> tuple[Tensor | None, ...]:
         """Arguments and results of TRL's function: (rows,) each, None for what `outputs` does not name."""
         head = _readers.get(weight, lambda: None)()
-        if not isinstance(head, self.heads) or set(outputs) - set(Statistics.NAMES):
+        if not isinstance(head, self.heads) or set(outputs) - {"log_probs", *Statistics.NAMES}:
             options = (chunk_size, final_logit_softcapping, logit_scale, outputs)
             return self.theirs.apply(hidden, weight, bias, targets, temperature, *options)
         device = hidden.device.type
