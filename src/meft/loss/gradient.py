@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,14 +48,27 @@ class Source:
 
     def dense(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         """Of the logits, whole."""
-        with torch.enable_grad():
+        with _autograd(), torch.enable_grad():
             logits = self.origin.values().detach().requires_grad_()
             results = self.whole(logits)
-        chosen = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
-        if not chosen:
-            return torch.zeros_like(logits)
-        outputs, factors = zip(*chosen, strict=True)
-        return torch.autograd.grad(outputs, logits, factors)[0]
+            chosen = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+            outputs, factors = zip(*chosen, strict=True)
+            return torch.autograd.grad(outputs, logits, factors)[0]
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Has autograd record also inside of `__torch_dispatch__`, which lies below it."""
+    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther]
+    keys.append(torch._C.DispatchKey.ADInplaceOrView)
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 class Taken(torch.autograd.Function):
@@ -134,7 +148,8 @@ class LazyGradient(Tensor):
             changed.known, changed.pure = own, False
             return changed
         if _can_wait(func, tensors):
-            like = _tried(func, args, kwargs)
+            moved = kwargs.get("device") not in (None, tensors[0].device)
+            like = None if moved else _tried(func, args, kwargs)
             if like is not None:
                 return LazyGradient(like, tensors[0].device, func=func, args=args, kwargs=kwargs)
         args, kwargs = _read((args, kwargs))
@@ -157,8 +172,7 @@ def _tried(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
     args, kwargs = tree_map_only(Tensor, like, (args, kwargs))
-    if "device" in kwargs:
-        return None
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "layout", "pin_memory")}
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError):

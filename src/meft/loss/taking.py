@@ -45,6 +45,8 @@ def along_vocabulary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if not isinstance(index, Tensor) or index.shape[:-1] != lazy.shape[:-1] or index.device != lazy.device:
             return None
         beside.append(index.reshape(-1, index.shape[-1]))
+        rest = [-1]
+        options.pop("dim", None)
     if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
         return None
     kinds: list[Any] = []
