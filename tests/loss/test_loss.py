@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ from transformers import (
 )
 
 import meft
-from meft.errors import ConfigError, DataError, DoubleBackwardError, ModifiedTensorError
+from meft.errors import DataError, DoubleBackwardError, MaterializedLogitsWarning, ModifiedTensorError
 from meft.loss import FusedLinear, LazyLogits, attach, detach
 from meft.loss.tiled import rows_per_tile, tiled_cross_entropy
 from meft.memory import measure
 from meft.memory.measurement.timeline import record_cpu
 
+# Tests of what reads whole logits, not of what is said then.
+WHOLE = "ignore:Logits of shape:meft.errors.MaterializedLogitsWarning"
 VOCABULARY, WIDTH, LENGTH = 97, 16, 40
 SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -422,6 +425,13 @@ def hooked(logits: Tensor) -> Tensor:
     return unshifted(logits)
 
 
+def hooked_part(logits: Tensor) -> Tensor:
+    scaled = logits / 2
+    loss = unshifted(scaled)
+    scaled.register_hook(lambda gradient: 3.0 * gradient)
+    return loss
+
+
 def without_gradient(logits: Tensor) -> Tensor:
     with torch.no_grad():
         copied, view = logits.clone(), logits.view(-1, VOCABULARY)
@@ -461,14 +471,14 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "values of scaled slices": (lambda z: ((z[:, 2:] / 3)[:, 1:].double() + 1).square().mean(), True),
     "one vocabulary for all positions": (lambda z: F.cross_entropy(z.view(3, -1), tokens()[:, 0]), False),
     "a function with a gradient of its own": (lambda z: unshifted(Reversed.apply(z)), False),
-    "label smoothing": (lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), label_smoothing=0.1), False),
+    "label smoothing": (lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), label_smoothing=0.1), True),
     "class weights": (
         lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), weight=torch.arange(1.0, VOCABULARY + 1)),
-        False,
+        True,
     ),
     "losses of tokens": (
         lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), reduction="none").square().mean(),
-        False,
+        True,
     ),
     "probabilities as labels": (
         lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((3 * LENGTH, VOCABULARY), 1 / VOCABULARY)),
@@ -480,12 +490,52 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
         lambda z: F.cross_entropy(z.transpose(1, 2), tokens()),
         False,
     ),
-    "log-probabilities": (lambda z: -z.log_softmax(-1).gather(-1, tokens()[..., None]).mean(), False),
-    "two losses": (lambda z: unshifted(z) + z.logsumexp(-1).square().mean(), False),
+    "log-probabilities": (lambda z: -z.log_softmax(-1).gather(-1, tokens()[..., None]).mean(), True),
+    "two losses": (lambda z: unshifted(z) + z.logsumexp(-1).square().mean(), True),
+    "label smoothing of weighed classes": (
+        lambda z: F.cross_entropy(
+            z.flatten(0, 1),
+            labels().flatten(),
+            weight=torch.arange(1.0, VOCABULARY + 1),
+            label_smoothing=0.1,
+            ignore_index=-100,
+        ),
+        True,
+    ),
+    "a sum of weighed classes": (
+        lambda z: F.cross_entropy(
+            z.flatten(0, 1), labels().flatten(), weight=torch.arange(1.0, VOCABULARY + 1), reduction="sum"
+        ),
+        True,
+    ),
+    "losses of log-probabilities": (lambda z: F.nll_loss(z.log_softmax(-1).flatten(0, 1), labels().flatten()), True),
+    "label smoothing by hand": (
+        lambda z: -0.9 * z.log_softmax(-1).gather(-1, tokens()[..., None]).mean() - 0.1 * z.log_softmax(-1).mean(),
+        True,
+    ),
+    "entropy": (lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(), True),
+    "entropy of parts": (
+        lambda z: torch.cat(
+            [-(c.exp() * c).sum(-1) for c in (p.log_softmax(-1) for p in z.reshape(-1, VOCABULARY).split(32))]
+        ).mean(),
+        True,
+    ),
+    "log-probabilities of rows": (
+        lambda z: (
+            torch.gather(z[:, :-1] / 0.7, dim=-1, index=tokens()[:, 1:, None])[..., 0]
+            - torch.stack([torch.logsumexp(row, dim=-1) for row in z[:, :-1] / 0.7])
+        ).mean(),
+        True,
+    ),
+    "chosen positions": (lambda z: z[tokens() > 50].logsumexp(-1).mean() + z[1, 3:9].amax(-1).sum(), True),
+    "accuracy beside the loss": (lambda z: unshifted(z) + (z.argmax(-1) == tokens()).float().mean(), True),
+    "the largest": (lambda z: z.topk(5).values.square().mean() + z.max(-1).values.sum() + z.mean() - z.sum(), True),
+    "one token of each": (lambda z: z[..., 7].square().mean(), False),
     "a product with itself": (lambda z: (z * z).mean() + (z - z.detach()).abs().sum() + (2 - z).tanh().sum(), False),
     "in place": (in_place, False),
     "in place on a view": (in_place_on_a_view, False),
     "a hook": (hooked, False),
+    "a hook on part of them": (hooked_part, False),
     "without a gradient": (without_gradient, False),
 }
 
@@ -494,11 +544,86 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 def test_any_use_of_logits_gives_what_plain_logits_give(use: str) -> None:
     function, waits = USES[use]
     model = built()
-    compare(model, lambda m: function(m(input_ids=tokens()).logits))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compare(model, lambda m: function(m(input_ids=tokens()).logits))
+    assert [warning.category for warning in seen] == [] if waits else [MaterializedLogitsWarning]
+
+
+def gradient_of_logits(model: nn.Module, *more: Tensor) -> tuple[Tensor, ...]:
+    output = model(input_ids=tokens(), labels=labels())
+    return torch.autograd.grad(output.loss, [output.logits, *more])
+
+
+@pytest.mark.filterwarnings(WHOLE)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft-capped", "granite, scaled"])
+def test_losses_are_differentiated_by_their_logits(family: str, together: bool) -> None:
+    model = built(family)
+    more = [model.get_output_embeddings().weight] if together else []
+    expected = gradient_of_logits(model, *more)
     attach(model)
-    logits = model(input_ids=tokens()).logits
-    function(logits)
-    assert logits.pending is waits
+    for found, plain in zip(gradient_of_logits(model, *more), expected, strict=True):
+        assert float((found - plain).norm()) <= 1e-6 * float(plain.norm())
+
+
+@pytest.mark.filterwarnings(WHOLE)
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft-capped"])
+def test_hooks_after_the_loss_and_kept_gradients(family: str) -> None:
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        output = model(input_ids=tokens(), labels=labels())
+        output.logits.register_hook(lambda gradient: 3.0 * gradient)
+        output.logits.retain_grad()
+        output.loss.backward()
+        return output.logits.grad, model.get_input_embeddings().weight.grad.clone()
+
+    model = built(family)
+    expected = run()
+    attach(model)
+    for found, plain in zip(run(), expected, strict=True):
+        assert float((found - plain).norm()) <= 1e-6 * float(plain.norm())
+
+
+def test_what_makes_logits_whole_says_so_once() -> None:
+    model = built()
+    attach(model)
+    text = r"Logits of shape \(3, 40, 97\) were made whole, 46,560 bytes.*fused_loss=False"
+    with pytest.warns(MaterializedLogitsWarning, match=text):
+        model(input_ids=tokens()).logits.exp().cumsum(-1)
+    model(input_ids=tokens()).logits.exp().cumsum(-1)
+
+
+def edited(model: nn.Module) -> None:
+    model.lm_head.weight.data.mul_(-1.0)
+
+
+def rows_swapped(model: nn.Module) -> None:
+    model.lm_head.weight.data[[0, 1]] = model.lm_head.weight.data[[1, 0]].clone()
+
+
+def stepped(model: nn.Module) -> None:
+    torch.optim.AdamW(model.parameters(), 1e-3, fused=True).step()
+
+
+def one_bit(model: nn.Module) -> None:
+    model.lm_head.weight.data.view(torch.int32)[5, 7] ^= 1
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: 1.5 * tensor for name, tensor in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [edited, rows_swapped, stepped, one_bit, loaded])
+def test_logits_of_other_weights_are_never_read(change: Callable[[nn.Module], None]) -> None:
+    model = built()
+    attach(model)
+    first, second = (model(input_ids=tokens(), labels=labels()) for _ in range(2))
+    first.loss.backward()
+    change(model)
+    for read in (lambda z: z.cos(), lambda z: z.logsumexp(-1), unshifted):
+        with pytest.raises(ModifiedTensorError, match=r"shape \(3, 40, 97\).*was modified in place"):
+            read(second.logits)
 
 
 @pytest.mark.parametrize("detached", [lambda z: z.detach(), lambda z: z.data, lambda z: z.data.view(-1, VOCABULARY)])
@@ -584,17 +709,6 @@ def test_gradients_of_gradients_through_whole_logits() -> None:
         return torch.autograd.grad(first, model.lm_head.weight, create_graph=True)[0].square().sum()
 
     compare(built(attn_implementation="eager"), loss)
-
-
-def test_the_gradient_of_logits() -> None:
-    model = built()
-    attach(model)
-    logits = model(input_ids=tokens()).logits
-    logits.retain_grad()
-    unshifted(logits).backward()
-    assert logits.grad.shape == logits.shape
-    with pytest.raises(ConfigError, match=r"retain_grad\(\).*\(3, 40, 97\) after their loss.*fused_loss=False"):
-        model(input_ids=tokens(), labels=labels()).logits.retain_grad()
 
 
 @pytest.mark.parametrize("wrong", [VOCABULARY, -1])

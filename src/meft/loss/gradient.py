@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .origin import Origin, applied
@@ -28,13 +29,18 @@ class Source:
     def __init__(self, origin: Origin, compute: Callable[..., tuple[Tensor, ...]], whole: Callable[..., Any]) -> None:
         self.origin, self.whole = origin, whole
         head = origin.head
-        # Checks that nothing changed since the forward pass.
-        head.operands()
+        self.same = head.check_later()
         with torch.enable_grad():
             given = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in head.inputs()]
             hidden, weight, bias = (t if t is None else t.to(head.dtype) for t in given)
             self.given = given
             self.results = compute(applied(origin.positions, hidden), weight, bias)
+
+    def check(self) -> None:
+        """Raises if the head had changed when this was taken; the one time that this waits for a device."""
+        if self.same is not None and not bool(self.same):
+            raise self.origin.head.modified()
+        self.same = None
 
     def gradients(self, grads: tuple[Tensor | None, ...], keep: bool) -> list[Tensor | None]:
         """Of hidden state, weight and bias."""
@@ -77,7 +83,8 @@ class Taken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, source: Source) -> tuple[Tensor, ...]:
         ctx.source = source
-        ctx.like = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+        with _disable_current_modes():
+            ctx.like = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
         ctx.set_materialize_grads(False)
         results = tuple(result.detach().clone() for result in source.results)
         ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
@@ -86,6 +93,7 @@ class Taken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         check_backward()
+        ctx.source.check()
         if all(grad is None for grad in grads):
             return None, None
         if ctx.source.origin.head.watched:
@@ -171,10 +179,12 @@ def _tried(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     def like(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    args, kwargs = tree_map_only(Tensor, like, (args, kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "layout", "pin_memory")}
     try:
-        return func(*args, **kwargs)
+        # No observer, such as a memory tracker, should count it.
+        with _disable_current_modes():
+            args, kwargs = tree_map_only(Tensor, like, (args, kwargs))
+            return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError):
         return None
 

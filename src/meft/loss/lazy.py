@@ -35,7 +35,6 @@ _OF_POSITIONS = (
     aten.squeeze.dim,
     aten.transpose.int,
     aten.permute.default,
-    aten.expand.default,
     aten.unbind.int,
     aten.split.Tensor,
     aten.split_with_sizes.default,
@@ -182,7 +181,9 @@ def _put_off(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[st
         # Of one token, as real indices are needed: masks say only in their values how many they choose.
         narrow = torch.empty((1,), device=lazy.device).expand(*lazy.shape[:-1], 1)
         shape = func(narrow, *rest, **kwargs).shape
-        return LazyLogits(origin, torch.empty((*shape[:-1], lazy.shape[-1]), dtype=lazy.dtype, device="meta"))
+        with _disable_current_modes():
+            like = torch.empty((*shape[:-1], lazy.shape[-1]), dtype=lazy.dtype, device="meta")
+        return LazyLogits(origin, like)
     elif func is aten.clone.default:
         origin = origin.changed(None, attached)
     elif func in _OF_EACH:
@@ -233,18 +234,19 @@ def _views_of_positions(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwar
 
 def _keeps_vocabulary(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the last dimension comes out last and as it was, however long it is."""
-    size = lazy.shape[-1]
-    if func is aten.expand.default:
-        return False
     try:
-        for length in (size, size + 1):
-            tried = func(torch.empty((1,), device="meta").expand(*lazy.shape[:-1], length), *rest, **kwargs)
-            tried = [tried] if isinstance(tried, Tensor) else tried
-            if any(not one.dim() or one.shape[-1] != length for one in tried):
-                return False
+        with _disable_current_modes():
+            for length in (lazy.shape[-1], lazy.shape[-1] + 1):
+                tried = func(torch.empty((1,), device="meta").expand(*lazy.shape[:-1], length), *rest, **kwargs)
+                if any(not one.dim() or one.shape[-1] != length for one in _as_list(tried)):
+                    return False
     except (RuntimeError, IndexError):
         return False
     return True
+
+
+def _as_list(tried: Any) -> list[Tensor]:
+    return [tried] if isinstance(tried, Tensor) else list(tried)
 
 
 def _chooses_positions(func: Any, lazy: LazyLogits, rest: tuple[Any, ...]) -> bool:
@@ -264,13 +266,15 @@ def _chooses_positions(func: Any, lazy: LazyLogits, rest: tuple[Any, ...]) -> bo
 
 
 def _stand_in(lazy: LazyLogits) -> Tensor:
-    return torch.empty((1,), dtype=lazy.dtype, device="meta").expand(lazy.shape)
+    with _disable_current_modes():
+        return torch.empty((1,), dtype=lazy.dtype, device="meta").expand(lazy.shape)
 
 
 def _tried(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation would return, as a tensor without memory."""
-    like = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
-    return func(like, *rest, **kwargs)
+    with _disable_current_modes():
+        like = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+        return func(like, *rest, **kwargs)
 
 
 def _plain(lazy: LazyLogits) -> Tensor:

@@ -54,28 +54,43 @@ class Head:
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden state, weight and bias in the dtype it computes in."""
-        if self.weight.numel() and not self.weight.untyped_storage().size():
-            raise ModifiedTensorError(
-                f"The values of logits of shape {self.shape} were asked for when the weight of the output embedding "
-                "had been freed, as FSDP does with whole weights after the forward pass. Use fused_loss=False to have "
-                "logits outside of the model."
-            )
-        if self._versions() != self.versions or not self._same():
-            raise ModifiedTensorError(
-                f"The values of logits of shape {self.shape} were asked for after the weight of the output embedding, "
-                "or the hidden state before it, was modified in place, and would be other values than those of the "
-                "forward pass. Read logits before optimizer.step() or load_state_dict(), or keep them with detach(), "
-                "or use fused_loss=False."
-            )
+        self._check_versions()
+        # Kernels of fused optimizers and edits of `.data` raise no version.
+        if self.sums is not None and not torch.equal(self.sums, self._sums()):
+            raise self.modified()
         bias = self.bias if self.bias is None else self.bias.to(self.dtype)
         return self.hidden.to(self.dtype), self.weight.to(self.dtype), bias
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(t._version for t in (self.hidden, self.weight, self.bias) if t is not None)
 
-    def _same(self) -> bool:
-        # Kernels of fused optimizers and edits of `.data` raise no version.
-        return self.sums is None or bool(torch.equal(self.sums, self._sums()))
+    def check_later(self) -> Tensor | None:
+        """Raises if something changed, but on an accelerator returns whether it did not, so as not to wait for it."""
+        self._check_versions()
+        if self.sums is None:
+            return None
+        same = (self.sums == self._sums()).all()
+        if same.device.type == "cpu" and not same:
+            raise self.modified()
+        return None if same.device.type == "cpu" else same
+
+    def modified(self) -> ModifiedTensorError:
+        return ModifiedTensorError(
+            f"The values of logits of shape {self.shape} were asked for after the weight of the output embedding, "
+            "or the hidden state before it, was modified in place, and would be other values than those of the "
+            "forward pass. Read logits before optimizer.step() or load_state_dict(), or keep them with detach(), "
+            "or use fused_loss=False."
+        )
+
+    def _check_versions(self) -> None:
+        if self.weight.numel() and not self.weight.untyped_storage().size():
+            raise ModifiedTensorError(
+                f"The values of logits of shape {self.shape} were asked for when the weight of the output embedding "
+                "had been freed, as FSDP does with whole weights after the forward pass. Use fused_loss=False to have "
+                "logits outside of the model."
+            )
+        if self._versions() != self.versions:
+            raise self.modified()
 
     def _sums(self) -> Tensor | None:
         tensors = [t.detach() for t in (self.hidden, self.weight, self.bias) if t is not None]
