@@ -199,6 +199,12 @@ def _put_off(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[st
         if both is None or rest[0].shape != lazy.shape:
             return None
         origin, rest = both, (_stand_in(rest[0]),)
+    elif func in _SCALINGS and len(rest) == 1 and _is_row(rest[0], lazy) and not kwargs:
+        # Whoever changes it later means the logits to come.
+        row = rest[0].detach().reshape(-1 if rest[0].dim() else ()).clone()
+        origin = origin.changed(lambda logits: func(logits, row), attached)
+        with _disable_current_modes():
+            rest = (torch.empty(rest[0].shape, dtype=rest[0].dtype, device="meta"),)
     elif func is aten._to_copy.default and set(kwargs) == {"dtype"} and kwargs["dtype"] in _PRECISE:
         origin = origin.changed(Conversion(kwargs["dtype"]), attached)
     else:
@@ -243,6 +249,13 @@ def _keeps_vocabulary(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs
     except (RuntimeError, IndexError):
         return False
     return True
+
+
+def _is_row(other: Any, lazy: LazyLogits) -> bool:
+    """A number, or one for each token, that is the same for all positions and not trained."""
+    if type(other) not in (Tensor, torch.nn.Parameter) or other.requires_grad or other.device != lazy.device:
+        return False
+    return other.dim() == 0 or (other.numel() == other.shape[-1] == lazy.shape[-1] and other.dim() <= lazy.dim())
 
 
 def _as_list(tried: Any) -> list[Tensor]:

@@ -164,9 +164,9 @@ class Origin:
         """The logits, sharing memory with all views of them; nothing is recorded for autograd."""
         memory = self.memory
         if memory.values is None:
-            self._warn()
             with torch.no_grad(), torch.autocast(self.head.hidden.device.type, enabled=False):
                 hidden, weight, bias = self.head.operands()
+                self._warn()
                 memory.values = applied(self.pointwise, F.linear(applied(memory.positions, hidden), weight, bias))
         return applied(self.positions[len(memory.positions) :], memory.values)
 
