@@ -107,6 +107,10 @@ class LazyGradient(Tensor):
     The head does not read it: it asks the sources, which have the gradients of hidden state and weight.
     """
 
+    how: dict[str, Any]
+    known: Tensor | None
+    pure: bool
+
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, **how: Any) -> LazyGradient:
         made = Tensor._make_wrapper_subclass(

@@ -57,7 +57,7 @@ READERS = (
 )
 
 
-_GRAD_FN = Tensor.grad_fn.__get__
+_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 class LazyLogits(Tensor):
@@ -232,10 +232,11 @@ def _views_of_positions(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwar
     tried = _tried(func, lazy, rest, kwargs)
     if isinstance(tried, Tensor):
         return LazyLogits(lazy._origin.viewed(lambda tensor: func(tensor, *rest, **kwargs), attached), tried)
-    return [
-        LazyLogits(lazy._origin.viewed(lambda tensor, i=index: func(tensor, *rest, **kwargs)[i], attached), like)
-        for index, like in enumerate(tried)
-    ]
+
+    def part(index: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: func(tensor, *rest, **kwargs)[index]
+
+    return [LazyLogits(lazy._origin.viewed(part(index), attached), like) for index, like in enumerate(tried)]
 
 
 def _keeps_vocabulary(func: Any, lazy: LazyLogits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

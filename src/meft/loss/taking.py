@@ -25,7 +25,8 @@ _TOTALS = {torch.sum: torch.sum, Tensor.sum: torch.sum, torch.mean: torch.mean, 
 
 def along_vocabulary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A reduction of the vocabulary, in tiles; None for what is no such thing."""
-    lazy, rest, options = args[0] if args else kwargs.get("input"), list(args[1:]), dict(kwargs)
+    lazy: Any = args[0] if args else kwargs.get("input")
+    rest, options = list(args[1:]), dict(kwargs)
     if not _may_be_taken(lazy) or lazy.dim() == 0 or "out" in options or "input" in options:
         return None
     if func in _TOTALS and not rest and set(options) <= {"dtype"}:
