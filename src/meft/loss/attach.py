@@ -25,7 +25,7 @@ class FusedLinear(nn.Linear):
     """
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         # Trainers of TRL read the weight in place of calling this module.
         if name == "weight" and not torch.compiler.is_compiling():
             note(self, value)

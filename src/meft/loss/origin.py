@@ -56,7 +56,8 @@ class Head:
         """Hidden state, weight and bias in the dtype it computes in."""
         self._check_versions()
         # Kernels of fused optimizers and edits of `.data` raise no version.
-        if self.sums is not None and not torch.equal(self.sums, self._sums()):
+        now = None if self.sums is None else self._sums()
+        if self.sums is not None and now is not None and not torch.equal(self.sums, now):
             raise self.modified()
         bias = self.bias if self.bias is None else self.bias.to(self.dtype)
         return self.hidden.to(self.dtype), self.weight.to(self.dtype), bias
@@ -69,7 +70,7 @@ class Head:
         self._check_versions()
         if self.sums is None:
             return None
-        same = (self.sums == self._sums()).all()
+        same = torch.eq(self.sums, self._sums()).all()  # type: ignore[arg-type]
         if same.device.type == "cpu" and not same:
             raise self.modified()
         return None if same.device.type == "cpu" else same

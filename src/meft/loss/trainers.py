@@ -68,9 +68,9 @@ class Tiled:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            operands = (tensor if tensor is None else tensor.to(dtype) for tensor in (hidden, weight, bias))
+            bias = bias if bias is None else bias.to(dtype)
             statistics = Statistics(outputs, logit_scale, final_logit_softcapping, 1 / temperature)
-            log_probs, *rest = tiled_rows(*operands, statistics, [targets])  # type: ignore[arg-type]
+            log_probs, *rest = tiled_rows(hidden.to(dtype), weight.to(dtype), bias, statistics, [targets])
         named = dict(zip(statistics.outputs, rest, strict=True))
         return log_probs, *(None if n not in named else _constant(n, named[n]) for n in Statistics.NAMES)
 
