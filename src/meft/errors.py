@@ -71,6 +71,10 @@ class DistantStartWarning(MeftWarning):
     """A coupled model begins far from the plain one."""
 
 
+class MaterializedLogitsWarning(MeftWarning):
+    """Logits whose loss could be taken in tiles were made whole."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, as a sentence; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ from transformers import (
 )
 
 import meft
-from meft.errors import ConfigError, DataError, DoubleBackwardError, ModifiedTensorError
+from meft.errors import DataError, DoubleBackwardError, MaterializedLogitsWarning, ModifiedTensorError
 from meft.loss import FusedLinear, LazyLogits, attach, detach
 from meft.loss.tiled import rows_per_tile, tiled_cross_entropy
 from meft.memory import measure
 from meft.memory.measurement.timeline import record_cpu
 
+# Tests of what reads whole logits, not of what is said then.
+WHOLE = "ignore:Logits of shape:meft.errors.MaterializedLogitsWarning"
 VOCABULARY, WIDTH, LENGTH = 97, 16, 40
 SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -145,6 +148,7 @@ def test_losses_and_gradients_equal_those_of_the_plain_head(family: str, trained
 
 
 @pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.filterwarnings(WHOLE)
 def test_logits_wait_until_they_are_asked_for_and_are_those_of_the_plain_head(family: str) -> None:
     model = built(family)
     plain = model(input_ids=tokens(), labels=labels()).logits
@@ -232,8 +236,7 @@ def test_other_losses_on_a_vocabulary(kind: type[PreTrainedModel]) -> None:
     compare(model.train(), own_loss)
     attach(model)
     # BART adds a vector to its logits.
-    pending = getattr(model(input_ids=tokens(), labels=labels()).logits, "pending", False)
-    assert pending is (kind is not BartForConditionalGeneration)
+    assert model(input_ids=tokens(), labels=labels()).logits.pending
 
 
 def operands(dtype: torch.dtype, positions: int = 256, width: int = 32, vocabulary: int = 501) -> list[Tensor]:
@@ -284,6 +287,7 @@ def test_a_factor_is_not_rounded_to_half_precision() -> None:
     assert float(part.double().norm() / whole.double().norm()) == pytest.approx(factor, abs=1e-3)
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_autocast_computes_as_the_plain_head_does() -> None:
     def loss(model: nn.Module) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -321,6 +325,7 @@ def test_autocast_leaves_float64_alone() -> None:
     compare(model, loss)
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_autocast_around_the_loss_alone_leaves_logits_as_they_were() -> None:
     def loss(model: nn.Module) -> Tensor:
         logits = model(input_ids=tokens()).logits
@@ -422,6 +427,13 @@ def hooked(logits: Tensor) -> Tensor:
     return unshifted(logits)
 
 
+def hooked_part(logits: Tensor) -> Tensor:
+    scaled = logits / 2
+    loss = unshifted(scaled)
+    scaled.register_hook(lambda gradient: 3.0 * gradient)
+    return loss
+
+
 def without_gradient(logits: Tensor) -> Tensor:
     with torch.no_grad():
         copied, view = logits.clone(), logits.view(-1, VOCABULARY)
@@ -458,17 +470,17 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
         True,
     ),
     "cross-entropy of bounded rows": (lambda z: unshifted(z.tanh()), True),
-    "values of scaled slices": (lambda z: ((z[:, 2:] / 3)[:, 1:].double() + 1).square().mean(), True),
+    "values of scaled slices": (lambda z: ((z[:, 2:] / 3)[:, 1:].double() + 1).square().mean(), False),
     "one vocabulary for all positions": (lambda z: F.cross_entropy(z.view(3, -1), tokens()[:, 0]), False),
     "a function with a gradient of its own": (lambda z: unshifted(Reversed.apply(z)), False),
-    "label smoothing": (lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), label_smoothing=0.1), False),
+    "label smoothing": (lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), label_smoothing=0.1), True),
     "class weights": (
         lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), weight=torch.arange(1.0, VOCABULARY + 1)),
-        False,
+        True,
     ),
     "losses of tokens": (
         lambda z: F.cross_entropy(z.flatten(0, 1), tokens().flatten(), reduction="none").square().mean(),
-        False,
+        True,
     ),
     "probabilities as labels": (
         lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((3 * LENGTH, VOCABULARY), 1 / VOCABULARY)),
@@ -480,12 +492,57 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
         lambda z: F.cross_entropy(z.transpose(1, 2), tokens()),
         False,
     ),
-    "log-probabilities": (lambda z: -z.log_softmax(-1).gather(-1, tokens()[..., None]).mean(), False),
-    "two losses": (lambda z: unshifted(z) + z.logsumexp(-1).square().mean(), False),
+    "log-probabilities": (lambda z: -z.log_softmax(-1).gather(-1, tokens()[..., None]).mean(), True),
+    "two losses": (lambda z: unshifted(z) + z.logsumexp(-1).square().mean(), True),
+    "label smoothing of weighed classes": (
+        lambda z: F.cross_entropy(
+            z.flatten(0, 1),
+            labels().flatten(),
+            weight=torch.arange(1.0, VOCABULARY + 1),
+            label_smoothing=0.1,
+            ignore_index=-100,
+        ),
+        True,
+    ),
+    "a sum of weighed classes": (
+        lambda z: F.cross_entropy(
+            z.flatten(0, 1), labels().flatten(), weight=torch.arange(1.0, VOCABULARY + 1), reduction="sum"
+        ),
+        True,
+    ),
+    "losses of log-probabilities": (lambda z: F.nll_loss(z.log_softmax(-1).flatten(0, 1), labels().flatten()), True),
+    "label smoothing by hand": (
+        lambda z: -0.9 * z.log_softmax(-1).gather(-1, tokens()[..., None]).mean() - 0.1 * z.log_softmax(-1).mean(),
+        True,
+    ),
+    "entropy": (lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(), True),
+    "entropy of parts": (
+        lambda z: torch.cat(
+            [-(c.exp() * c).sum(-1) for c in (p.log_softmax(-1) for p in z.reshape(-1, VOCABULARY).split(32))]
+        ).mean(),
+        True,
+    ),
+    "log-probabilities of rows": (
+        lambda z: (
+            torch.gather(z[:, :-1] / 0.7, dim=-1, index=tokens()[:, 1:, None])[..., 0]
+            - torch.stack([torch.logsumexp(row, dim=-1) for row in z[:, :-1] / 0.7])
+        ).mean(),
+        True,
+    ),
+    "chosen positions": (lambda z: z[tokens() > 50].logsumexp(-1).mean() + z[1, 3:9].amax(-1).sum(), True),
+    "accuracy beside the loss": (lambda z: unshifted(z) + (z.argmax(-1) == tokens()).float().mean(), True),
+    "the largest": (lambda z: z.topk(5).values.square().mean() + z.max(-1).values.sum() + z.mean() - z.sum(), True),
+    "a vector and a number added": (
+        lambda z: unshifted((z + torch.linspace(-1, 1, VOCABULARY)) / torch.tensor(0.7)),
+        True,
+    ),
+    "a trained temperature": (lambda z: unshifted(z / torch.tensor(0.7, requires_grad=True)), False),
+    "one token of each": (lambda z: z[..., 7].square().mean(), False),
     "a product with itself": (lambda z: (z * z).mean() + (z - z.detach()).abs().sum() + (2 - z).tanh().sum(), False),
     "in place": (in_place, False),
     "in place on a view": (in_place_on_a_view, False),
     "a hook": (hooked, False),
+    "a hook on part of them": (hooked_part, False),
     "without a gradient": (without_gradient, False),
 }
 
@@ -494,14 +551,90 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 def test_any_use_of_logits_gives_what_plain_logits_give(use: str) -> None:
     function, waits = USES[use]
     model = built()
-    compare(model, lambda m: function(m(input_ids=tokens()).logits))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compare(model, lambda m: function(m(input_ids=tokens()).logits))
+    assert [warning.category for warning in seen] == [] if waits else [MaterializedLogitsWarning]
+
+
+def gradient_of_logits(model: nn.Module, *more: Tensor) -> tuple[Tensor, ...]:
+    output = model(input_ids=tokens(), labels=labels())
+    return torch.autograd.grad(output.loss, [output.logits, *more])
+
+
+@pytest.mark.filterwarnings(WHOLE)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft-capped", "granite, scaled"])
+def test_losses_are_differentiated_by_their_logits(family: str, together: bool) -> None:
+    model = built(family)
+    more = [model.get_output_embeddings().weight] if together else []
+    expected = gradient_of_logits(model, *more)
     attach(model)
-    logits = model(input_ids=tokens()).logits
-    function(logits)
-    assert logits.pending is waits
+    for found, plain in zip(gradient_of_logits(model, *more), expected, strict=True):
+        assert float((found - plain).norm()) <= 1e-6 * float(plain.norm())
+
+
+@pytest.mark.filterwarnings(WHOLE)
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft-capped"])
+def test_hooks_after_the_loss_and_kept_gradients(family: str) -> None:
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        output = model(input_ids=tokens(), labels=labels())
+        output.logits.register_hook(lambda gradient: 3.0 * gradient)
+        output.logits.retain_grad()
+        output.loss.backward()
+        return output.logits.grad, model.get_input_embeddings().weight.grad.clone()
+
+    model = built(family)
+    expected = run()
+    attach(model)
+    for found, plain in zip(run(), expected, strict=True):
+        assert float((found - plain).norm()) <= 1e-6 * float(plain.norm())
+
+
+def test_what_makes_logits_whole_says_so_once() -> None:
+    model = built()
+    attach(model)
+    text = r"Logits of shape \(3, 40, 97\) were made whole, 46,560 bytes.*fused_loss=False"
+    with pytest.warns(MaterializedLogitsWarning, match=text):
+        model(input_ids=tokens()).logits.exp().cumsum(-1)
+    model(input_ids=tokens()).logits.exp().cumsum(-1)
+
+
+def edited(model: nn.Module) -> None:
+    model.lm_head.weight.data.mul_(-1.0)
+
+
+def rows_swapped(model: nn.Module) -> None:
+    model.lm_head.weight.data[[0, 1]] = model.lm_head.weight.data[[1, 0]].clone()
+
+
+def stepped(model: nn.Module) -> None:
+    torch.optim.AdamW(model.parameters(), 1e-3, fused=True).step()
+
+
+def one_bit(model: nn.Module) -> None:
+    model.lm_head.weight.data.view(torch.int32)[5, 7] ^= 1
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: 1.5 * tensor for name, tensor in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [edited, rows_swapped, stepped, one_bit, loaded])
+def test_logits_of_other_weights_are_never_read(change: Callable[[nn.Module], None]) -> None:
+    model = built()
+    attach(model)
+    first, second = (model(input_ids=tokens(), labels=labels()) for _ in range(2))
+    first.loss.backward()
+    change(model)
+    for read in (lambda z: z.cos(), lambda z: z.logsumexp(-1), unshifted):
+        with pytest.raises(ModifiedTensorError, match=r"shape \(3, 40, 97\).*was modified in place"):
+            read(second.logits)
 
 
 @pytest.mark.parametrize("detached", [lambda z: z.detach(), lambda z: z.data, lambda z: z.data.view(-1, VOCABULARY)])
+@pytest.mark.filterwarnings(WHOLE)
 def test_detached_logits_are_leaves_of_their_own(detached: Callable[[Tensor], Tensor]) -> None:
     def gradient() -> Tensor:
         leaf = detached(model(input_ids=tokens()).logits).requires_grad_()
@@ -515,6 +648,7 @@ def test_detached_logits_are_leaves_of_their_own(detached: Callable[[Tensor], Te
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_logits_can_be_read_copied_and_saved() -> None:
     model = built()
     plain = model(input_ids=tokens()).logits.detach()
@@ -544,6 +678,7 @@ def test_logits_can_be_read_copied_and_saved() -> None:
     assert logits.requires_grad and not logits.is_leaf and logits.pending
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_logits_after_the_optimizers_step() -> None:
     model = built()
     plain = model(input_ids=tokens()).logits.detach()
@@ -578,23 +713,13 @@ def test_a_second_backward_pass_is_possible_and_gradients_of_gradients_are_refus
         torch.autograd.grad(loss, weights, create_graph=True)
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_gradients_of_gradients_through_whole_logits() -> None:
     def loss(model: nn.Module) -> Tensor:
         first = model(input_ids=tokens()).logits.square().mean()
         return torch.autograd.grad(first, model.lm_head.weight, create_graph=True)[0].square().sum()
 
     compare(built(attn_implementation="eager"), loss)
-
-
-def test_the_gradient_of_logits() -> None:
-    model = built()
-    attach(model)
-    logits = model(input_ids=tokens()).logits
-    logits.retain_grad()
-    unshifted(logits).backward()
-    assert logits.grad.shape == logits.shape
-    with pytest.raises(ConfigError, match=r"retain_grad\(\).*\(3, 40, 97\) after their loss.*fused_loss=False"):
-        model(input_ids=tokens(), labels=labels()).logits.retain_grad()
 
 
 @pytest.mark.parametrize("wrong", [VOCABULARY, -1])
@@ -695,6 +820,7 @@ def test_logits_are_ordinary_without_a_gradient_and_of_other_tensors() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings(WHOLE)
 def test_a_bias_gets_its_gradient_from_whole_logits() -> None:
     compare(built("bert, with a bias"), lambda model: model(input_ids=tokens()).logits.square().mean())
 
@@ -875,3 +1001,53 @@ def test_reversible_models_take_their_losses_in_tiles_and_give_the_head_back() -
     assert not any(type(module) is FusedLinear for module in adapted.unload().modules())
     plain = get_peft_model(built(), meft.MeftConfig(fused_loss=False))
     assert type(plain.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "outputs", [("log_probs",), ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")]
+)
+@pytest.mark.parametrize("family", ["llama, tied", "gemma2, soft-capped", "granite, scaled", "cohere, scaled"])
+def test_what_trl_takes_of_tokens(family: str, outputs: tuple[str, ...], dtype: torch.dtype) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+
+    def loss(model: nn.Module) -> Tensor:
+        found = model(input_ids=tokens(), labels=labels(), fused_lm_head=True)
+        kept.append(found)
+        return found.log_probs.square().mean() + (0.0 if found.entropy is None else found.entropy.square().mean())
+
+    kept: list[Any] = []
+    model = built(family, dtype)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=outputs)
+    precise = dtype == torch.float32
+    compare(model, loss, relative=1e-6 if precise else 2e-2)
+    plain, fused = kept
+    assert plain.keys() == fused.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_trls_head_takes_a_tile_of_memory_and_gives_others_theirs() -> None:
+    """A token more in the vocabulary costs 64 rows of a few buffers; entropies that are not trained none backward."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    peaks: dict[str, list[int]] = {"plain": [], "tiles": []}
+    for vocabulary in (3000, 4000):
+        model = built(vocab_size=vocabulary, max_position_embeddings=258)
+        model.lm_head.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(False)
+        utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        ids = tokens(1, 257, 3000)
+
+        def step(model: nn.Module = model, ids: Tensor = ids) -> None:
+            model.zero_grad()
+            (-model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.mean()).backward()
+
+        for name in peaks:
+            if name == "tiles":
+                attach(model)
+            step()
+            model.zero_grad()
+            peaks[name].append(measure(step, model=model).peak_bytes)
+    (plain, more), (tiled, tiled_more) = peaks["plain"], peaks["tiles"]
+    assert tiled_more - tiled <= 64 * 1000 * 4 * 3
+    assert more - plain >= 256 * 1000 * 4

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .lazy import lazy_linear
+from .trainers import note
 
 Change = tuple[nn.Module, str, Any]
 """(module, attribute, value before), as `meft.backbone.layers.ReversibleStack.changes` has them."""
@@ -36,6 +37,13 @@ class FusedLinear(nn.Linear):
     It differs from `nn.Linear` in training only, and returns ordinary logits wherever something else takes part in
     the call: hooks on this module, offloaded or sharded weights, compilation.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        # Trainers of TRL read the weight in place of calling this module.
+        if name == "weight" and not torch.compiler.is_compiling():
+            note(self, value)
+        return value
 
     def forward(self, input: Tensor) -> Tensor:
         # Compiled code does without: it cannot trace through the tensor.

@@ -149,7 +149,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, hidden[part])
+                add_product(grad_weight, grad_logits.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=precise)
             del grad_logits
@@ -159,7 +159,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_backward()
+        check_backward()
         grads = (_scaled(g, grad, ctx.dtype, ctx.rows) if g is not None else None for g in ctx.saved_tensors)
         return (*grads, None, None, None, None)
 
@@ -173,11 +173,11 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        _check_backward()
+        check_backward()
         return grad
 
 
-def _check_backward() -> None:
+def check_backward() -> None:
     if torch.is_grad_enabled():
         raise DoubleBackwardError(
             "create_graph=True asks for gradients of gradients through the loss head, whose logits were dropped tile "
@@ -218,7 +218,7 @@ def _tile(
     return loss, torch.autograd.grad(logits, leaf, scores)[0]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds a matrix product of possibly lower precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
