@@ -34,6 +34,7 @@ class Source:
             given = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in head.inputs()]
             hidden, weight, bias = (t if t is None else t.to(head.dtype) for t in given)
             self.given = given
+            assert hidden is not None and weight is not None
             self.results = compute(applied(origin.positions, hidden), weight, bias)
 
     def check(self) -> None:
