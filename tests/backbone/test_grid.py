@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def test_nothing_overflows_by_default(coupling: str, dtype: torch.dtype) -> None
     model = meft.make_reversible(copy.deepcopy(plain).train(), coupling)
     cached = meft.make_reversible(copy.deepcopy(plain).train(), coupling, backward="cached")
     found, wanted = gradients(model), gradients(cached)
-    assert (found - wanted).norm() <= 1e-8 * wanted.norm()  # but for the order of sums
+    # But for the order in which the gradients of the streams are summed up.
+    assert (found - wanted).norm() <= (1e-6 if dtype == torch.float32 else 1e-3) * wanted.norm()
     model.eval()
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
@@ -91,29 +93,72 @@ def test_a_fixed_grid_that_overflows_names_one_that_does_not() -> None:
         assert gradients(meft.make_reversible(outlier_model(outlier=2e6).train(), **other)).isfinite().all()
 
 
-def test_evaluation_computes_what_training_computes_and_is_never_stopped() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", ["auto", 12])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_evaluation_computes_what_training_computes(coupling: str, bits: int | str, dtype: torch.dtype) -> None:
+    plain = outlier_model(dtype=dtype)
+    model = meft.make_reversible(plain.train(), coupling, fraction_bits=bits, fused_loss=False)
+    trained = model(IDS).logits
+    with torch.no_grad():
+        without_graph = model(IDS).logits
+        assert torch.equal(model.eval()(IDS).logits, trained) and torch.equal(without_graph, trained)
+    assert torch.equal(model(IDS).logits, trained)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_fixed_grid_that_overflows_is_no_error_in_evaluation(coupling: str) -> None:
     plain = outlier_model()
-    fixed = meft.make_reversible(copy.deepcopy(plain).train(), fraction_bits=14)
-    trained = fixed(IDS).logits
+    fixed = meft.make_reversible(copy.deepcopy(plain), coupling, fraction_bits=24, fused_loss=False)
+    with pytest.raises(StreamOverflowError):
+        fixed.train()(IDS)
+    automatic = meft.make_reversible(copy.deepcopy(plain).eval(), coupling, fused_loss=False)
     with torch.no_grad():
-        assert torch.equal(fixed.eval()(IDS).logits, trained)
-    overflowing = meft.make_reversible(copy.deepcopy(plain).eval(), fraction_bits=24)
-    automatic = meft.make_reversible(copy.deepcopy(plain).eval())
-    with torch.no_grad():
-        found, wanted = overflowing(IDS).logits, automatic(IDS).logits
-        overflowing.generate(IDS, max_new_tokens=2, do_sample=False)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        found, wanted = fixed.eval()(IDS).logits, automatic(IDS).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for cache in (True, False):
+            fixed.generate(IDS, max_new_tokens=2, do_sample=False, use_cache=cache)
+    # Gradients in evaluation mode, which some scripts take to have no dropout.
+    ours, theirs = gradients(fixed), gradients(automatic)
+    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
-def test_what_is_not_finite_stays_so_in_evaluation_and_is_an_error_in_training() -> None:
+def test_what_is_not_finite_is_an_error_in_training() -> None:
     model = outlier_model()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
-    model = meft.make_reversible(model)
+    for bits in ("auto", 8):
+        found = meft.make_reversible(copy.deepcopy(model).train(), fraction_bits=bits)
+        with pytest.raises(StreamOverflowError, match="layers 2 to 3.*overflows its dtype, or diverges"):
+            gradients(found)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_where_the_plain_model_leaves_it_in_evaluation(value: float) -> None:
+    plain = outlier_model(outlier=30).eval()
     with torch.no_grad():
-        assert model.eval()(IDS).logits.isnan().any()
-    with pytest.raises(StreamOverflowError, match="overflows its dtype, or diverges"):
-        gradients(model.train())
+        plain.model.embed_tokens.weight[8] = value
+    model = meft.make_reversible(copy.deepcopy(plain), fused_loss=False)
+    rows = torch.cat([IDS, IDS])
+    rows[0, 5] = 8
+    with torch.no_grad():
+        found, wanted = model(rows).logits, model(IDS).logits
+        lost = plain(rows).logits.isnan()
+    assert lost[0, 5].all() and torch.equal(found.isnan(), lost)
+    torch.testing.assert_close(found[1:], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_automatic_grid_that_overflows_gives_nan_and_an_error_in_the_backward_pass() -> None:
+    model = meft.make_reversible(outlier_model(outlier=3e6, dtype=torch.bfloat16).train(), fused_loss=False)
+    output = model(IDS, labels=IDS)
+    assert output.loss.isnan()
+    with pytest.raises(StreamOverflowError, match="fraction_bits='auto' holds magnitudes below") as caught:
+        output.loss.backward()
+    bits = int(str(caught.value).partition(" would fit")[0].rpartition("=")[2])
+    model = outlier_model(outlier=3e6, dtype=torch.bfloat16).train()
+    assert gradients(meft.make_reversible(model, fraction_bits=bits)).isfinite().all()
+    with torch.no_grad():
+        assert model.eval()(IDS).logits.isfinite().all()
 
 
 def test_the_forward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +170,8 @@ def test_the_forward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         before = getattr(torch.Tensor, name)
 
         def watched(self: torch.Tensor, *args: Any, before: Any = before, name: str = name) -> Any:
-            if self.device.type != "meta" and "meft" in str(__import__("sys")._getframe(1).f_code.co_filename):
+            caller = sys._getframe(1).f_code.co_filename
+            if self.device.type != "meta" and ("meft/engine" in caller or "meft/backbone" in caller):
                 looked.append(name)
             return before(self, *args)
 

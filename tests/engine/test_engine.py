@@ -158,7 +158,7 @@ class Graph:
         ("meft1", EXACT, 4),
         ("meft2", EXACT, 4),
         ("meft3", EXACT, 8),
-        ("momentum", EXACT, 2),
+        ("momentum", EXACT, 5),
         ("meft3", FloatArithmetic(), 0),
         ("momentum", FloatArithmetic(), 0),
     ],

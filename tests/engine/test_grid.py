@@ -13,8 +13,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BELOW = {torch.bfloat16: 10, torch.float16: 10, torch.float32: 24, torch.float64: 40}
 
 
-def fitted(hidden: torch.Tensor, rebuilt: bool = True) -> FixedPoint:
-    return AutomaticGrid().fitted(hidden, rebuilt=rebuilt)
+def fitted(hidden: torch.Tensor, training: bool = True) -> FixedPoint:
+    return AutomaticGrid().fitted(hidden, training=training)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -31,7 +31,7 @@ def test_streams_are_wide_where_hidden_states_are(dtype: torch.dtype) -> None:
     hidden = torch.ones(2, 4, dtype=dtype)
     narrow = dtype in (torch.bfloat16, torch.float16)
     assert fitted(hidden).encode(hidden).dtype == (torch.int32 if narrow else torch.int64)
-    assert fitted(hidden, rebuilt=False).encode(hidden).dtype == torch.int64
+    assert fitted(hidden, training=False).encode(hidden).dtype == torch.int64
 
 
 @pytest.mark.parametrize("values", [[], [0.0, -0.0], [math.inf, 1.0], [math.nan, 1.0], [-math.inf, math.nan]], ids=str)

@@ -255,7 +255,7 @@ class ReversibleStack:
             drift_tolerance=self.plan.drift_tolerance,
             anchor_every=self.plan.anchor_every,
             name=self.name,
-            rebuilt=torch.is_grad_enabled() and self.in_training(),
+            training=torch.is_grad_enabled() and self.in_training(),
         )
         self._running[threading.get_ident()] = tape
         return tape

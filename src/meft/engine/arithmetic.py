@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -49,8 +50,8 @@ class Coupled:
     Attributes:
         stream: the new stream y, stored as the arithmetic stores streams.
         residue: what the inverse needs besides y and f (packed remainders, uint8), or None.
-        magnitude: max |y| in the units of the hidden state, a zero-dimensional tensor on the stream's device, or None
-            where a stream cannot overflow.
+        magnitude: max |y| in the units of the hidden state, float32 on the stream's device, or None where a stream
+            cannot overflow: a zero-dimensional tensor, or (..., 1) for an arithmetic that looks at each token.
     """
 
     stream: Tensor
@@ -65,13 +66,19 @@ class Arithmetic(Protocol):
     def exact(self) -> bool:
         """Whether `uncouple` gives back every bit."""
 
-    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> Arithmetic:
+    def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> Arithmetic:
         """The arithmetic of one forward pass.
 
         Args:
             hidden: what enters the stack.
-            rebuilt: a backward pass will come. Without one streams have room for whatever the model computes.
+            training: streams are to take no more memory than they must. In evaluation they have room for whatever the
+                model computes, and hold the same numbers where they would fit in training.
+            by_token: find the magnitude of each token, not of all.
         """
+
+    @property
+    def automatic(self) -> bool:
+        """Whether streams fit all but any hidden state, so that nobody need wait to see whether they do."""
 
     @property
     def limit(self) -> Tensor | float:
@@ -103,9 +110,10 @@ class FloatArithmetic:
     """Streams in the model's dtype; inversion by division, inexact."""
 
     exact: bool = False
+    automatic: bool = True
     limit: float = math.inf
 
-    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FloatArithmetic:
+    def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> FloatArithmetic:
         return self
 
     def encode(self, hidden: Tensor) -> Tensor:
@@ -145,25 +153,37 @@ class FixedPoint:
         fraction_bits: an integer, or one in a zero-dimensional int32 tensor on the streams' device.
         dtype: of the streams, int32 or int64.
         automatic: whether the binary places were taken from the input.
+        by_token: whether magnitudes are found for each token.
     """
 
     fraction_bits: int | Tensor = 16
     dtype: torch.dtype = torch.int32
     automatic: bool = False
+    by_token: bool = False
     exact: bool = True
 
-    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FixedPoint:
-        return self if rebuilt else replace(self, dtype=torch.int64)
+    def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> FixedPoint:
+        return replace(self, dtype=torch.int32 if training else torch.int64, by_token=by_token)
 
-    @property
+    @cached_property
     def limit(self) -> Tensor | float:
         return _power_of_two(_RANGE[self.dtype] - self.fraction_bits)
+
+    @cached_property
+    def step(self) -> Tensor | float:
+        """The distance of two neighbouring numbers of a stream, in the units of the hidden state."""
+        return _power_of_two(-self.fraction_bits)
+
+    @cached_property
+    def steps_per_unit(self) -> Tensor | float:
+        """The inverse of `step`, as exact as it."""
+        return _power_of_two(self.fraction_bits)
 
     def encode(self, hidden: Tensor) -> Tensor:
         return self._quantise(hidden).contiguous()
 
     def decode(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
-        return stream.to(_working_dtype(dtype)).mul_(_power_of_two(-self.fraction_bits)).to(dtype)
+        return stream.to(_working_dtype(dtype)).mul_(self.step).to(dtype)
 
     def couple(self, x: Tensor, f: Tensor | None, factor: float) -> Coupled:
         divisor = _divisor(factor)
@@ -172,6 +192,7 @@ class FixedPoint:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         x_flat, y_flat, f_flat = x.reshape(-1), y.view(-1), None if f is None else f.detach().reshape(-1)
         residues, peaks = [], []
+        sums = torch.empty_like(y, dtype=torch.float32) if self.by_token else None
         for slab in slabs(x):
             scaled = x_flat[slab]
             if divisor != 1:
@@ -182,13 +203,20 @@ class FixedPoint:
                 continue
             units = self._units(f_flat[slab])
             # The float sum does not wrap around, so it tells what the integer sum should have been.
-            lowest, highest = scaled.to(units.dtype).add_(units).aminmax()
-            peaks += [lowest.neg(), highest]
+            total = scaled.to(units.dtype).add_(units)
+            if sums is None:
+                lowest, highest = total.aminmax()
+                peaks += [lowest.neg(), highest]
+            else:
+                sums.view(-1)[slab] = total
             torch.add(scaled, units.round_().to(self.dtype), out=y_flat[slab])
         if f is None:
             return Coupled(y, _joined(residues))
-        largest = torch.stack(peaks).amax() if peaks else y.new_zeros(())
-        return Coupled(y, _joined(residues), largest.to(torch.float32) * _power_of_two(-self.fraction_bits))
+        if sums is not None and sums.numel():
+            largest = norm(sums, math.inf, by_token=True)
+        else:
+            largest = torch.stack(peaks).amax() if peaks else y.new_zeros(())
+        return Coupled(y, _joined(residues), largest.to(torch.float32) * self.step)
 
     def uncouple(
         self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
@@ -235,9 +263,9 @@ class FixedPoint:
             held += ' fraction_bits="auto" follows the model.'
         grown = f" (up to {expected:.3g} is expected in the layers above)" if expected > magnitude else ""
         # Streams of 32 bits: a fixed grid has no others where there is a backward pass. `reach` knows what is halved.
-        held_by_one = reach * _power_of_two(self.fraction_bits) if isinstance(self.fraction_bits, int) else 2.0**30
-        bits = math.ceil(math.log2(held_by_one / expected)) - 1
-        if not MIN_FRACTION_BITS <= bits <= MAX_FRACTION_BITS:
+        held_by_one = reach * self.steps_per_unit if isinstance(self.steps_per_unit, float) else 2.0**30
+        bits = min(math.ceil(math.log2(held_by_one / expected)) - 1, MAX_FRACTION_BITS)
+        if bits < MIN_FRACTION_BITS:
             return (
                 f"{held} No fraction_bits from {MIN_FRACTION_BITS} would fit{grown}: use smaller factors, "
                 'coupling="momentum", fewer coupled layers, or arithmetic="float".'
@@ -249,7 +277,7 @@ class FixedPoint:
 
     def _units(self, values: Tensor) -> Tensor:
         """Values in units of the grid, not rounded yet."""
-        return values.detach().to(_working_dtype(values.dtype)) * _power_of_two(self.fraction_bits)
+        return values.detach().to(_working_dtype(values.dtype)) * self.steps_per_unit
 
 
 @dataclass(frozen=True)
@@ -258,15 +286,19 @@ class AutomaticGrid(FixedPoint):
 
     s is 10 for hidden states of 16 bits, 24 for float32 and 40 for float64, and streams have 32 bits for the first and
     64 for the others. The step is a power of two and a function of the input alone, computed on its device without a
-    synchronisation. An input without elements, of zeros, or with elements that are not finite counts as one of rms 1.
+    synchronisation. An input without elements, of zeros, or with elements that are not finite counts as one of rms 1;
+    where tokens are looked at one by one, elements that are not finite count as zeros.
     """
 
     automatic: bool = True
 
-    def fitted(self, hidden: Tensor, *, rebuilt: bool) -> FixedPoint:
-        below = _BELOW_RMS[hidden.dtype]
-        narrow = rebuilt and hidden.element_size() == 2
-        return FixedPoint(below - _exponent(hidden), torch.int32 if narrow else torch.int64, automatic=True)
+    def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> FixedPoint:
+        exponent = _exponent(hidden)
+        if by_token and hidden.numel():
+            finite = norm(hidden, math.inf) < math.inf
+            exponent = torch.where(finite, exponent, _exponent(hidden.detach().nan_to_num(0.0, 0.0, 0.0)))
+        dtype = torch.int32 if training and hidden.element_size() == 2 else torch.int64
+        return FixedPoint(_BELOW_RMS[hidden.dtype] - exponent, dtype, automatic=True, by_token=by_token)
 
 
 def _exponent(hidden: Tensor) -> Tensor:
@@ -284,10 +316,14 @@ def _exponent(hidden: Tensor) -> Tensor:
     return torch.where(usable, exponent, 0).clamp(-bound, bound)
 
 
-def norm(values: Tensor, order: float = 2.0) -> Tensor:
-    """A norm of all elements in float32, without a copy of them: the largest magnitude where the order is infinite."""
-    wide = values.dtype == torch.float64
-    return torch.linalg.vector_norm(values, order, dtype=None if wide else torch.float32).to(torch.float32)
+def norm(values: Tensor, order: float = 2.0, *, by_token: bool = False) -> Tensor:
+    """A norm in float32, without a copy of the elements: the largest magnitude where the order is infinite.
+
+    That of all elements, or with `by_token` those of the vectors along the last dimension, which is kept.
+    """
+    wide, dim = None if values.dtype == torch.float64 else torch.float32, -1 if by_token else None
+    found = torch.linalg.vector_norm(values.detach(), order, dim=dim, keepdim=by_token, dtype=wide)
+    return found.to(torch.float32)
 
 
 def _power_of_two(exponent: int | Tensor) -> float | Tensor:

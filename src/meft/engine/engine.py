@@ -101,7 +101,7 @@ def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor
     if tape.observer is not None and tape.streams is not None:
         tape.observer.passed(tape, tape.position, tape.streams)
     inputs = (*layer.outside, *layer.parameters)
-    if not reversible or not torch.is_grad_enabled():
+    if not reversible or tape.by_token or not torch.is_grad_enabled():
         outputs = _run_cached(tape, layer, handles)
     elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
         outputs = _run_reversible(tape, layer, handles, inputs)
@@ -396,7 +396,7 @@ def _run_cached(tape: Tape, layer: LayerCall, handles: Handles) -> tuple[Tensor,
         signs = step.signs(tape.shape, tape.device)
         value = None
         if function is not None:
-            source = Attach.apply(tape.arithmetic.decode(streams[step.source], tape.dtype), routes[step.source])
+            source = Attach.apply(tape.value(streams[step.source]), routes[step.source])
             parts = layer.tiles(step, tape.shape)
             values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
             further += [tensor for _, *rest in values for tensor in rest]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError
 
-from .arithmetic import Arithmetic, FixedPoint, norm
+from .arithmetic import Arithmetic, norm
 from .couplings import Coupling, Streams
 from .replay import on_fake_tensors
 
@@ -90,7 +90,8 @@ class Tape:
         anchor_every: keep the streams below every so many layers and restart the reconstruction there, for kernels
             that are not deterministic; None for never.
         name: what error messages call the stack.
-        rebuilt: whether a backward pass is to come.
+        training: whether streams are to be as small as they can, and one that overflows on a grid of the user's own is
+            an error at once.
     """
 
     def __init__(
@@ -102,11 +103,15 @@ class Tape:
         drift_tolerance: float = 1e-2,
         anchor_every: int | None = None,
         name: str = "the stack",
-        rebuilt: bool = True,
+        training: bool = True,
     ) -> None:
-        self.coupling, self.arithmetic = coupling, arithmetic.fitted(hidden, rebuilt=rebuilt)
-        self.rebuilt = rebuilt
+        # Without a backward pass each token stands for itself: what is lost of one is no loss to the others.
+        self.by_token = not torch.is_grad_enabled()
+        self.coupling, self.training = coupling, training
+        self.arithmetic = arithmetic.fitted(hidden, training=training, by_token=self.by_token)
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
+        # What hidden states have to stay below.
+        self.reach = coupling.reach(self.arithmetic)
         # The backward pass may run in another thread, which has no context variables of this one.
         self.observer, self.drift_listener = _OBSERVER.get(), _DRIFT.get()
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
@@ -116,8 +121,9 @@ class Tape:
         self.kept: Streams | None = None
         self.position = self.level = 0
         self.magnitudes: list[tuple[int, Tensor]] = []
+        self.lost: Tensor | None = None
         if arithmetic.exact and hidden.numel():
-            self.watch(norm(hidden.detach(), math.inf))
+            self.watch(norm(hidden, math.inf, by_token=self.by_token))
         self.visible: Tensor | None = None
         self.show(hidden)
         self._shared = self.observer is not None or anchor_every is not None
@@ -143,11 +149,21 @@ class Tape:
     def hidden(self, index: int) -> Tensor:
         """The value of one stream as a hidden state, without gradient."""
         assert self.streams is not None
-        return self.arithmetic.decode(self.streams[index], self.dtype)
+        return self.value(self.streams[index])
+
+    def value(self, stream: Tensor) -> Tensor:
+        """A stream as a hidden state, without gradient; NaN for tokens that were lost."""
+        found = self.arithmetic.decode(stream, self.dtype)
+        return found if self.lost is None else found.masked_fill_(self.lost, math.nan)
 
     def watch(self, magnitude: Tensor) -> None:
         """Notes the largest magnitude of a stream that the present layer made, without looking at it."""
-        self.magnitudes.append((self.position, magnitude))
+        if not self.by_token:
+            self.magnitudes.append((self.position, magnitude))
+        elif magnitude.dim():
+            # A number that is too large even for streams of 64 bits, or none.
+            lost = (magnitude < self.reach).logical_not_()
+            self.lost = lost if self.lost is None else self.lost.logical_or_(lost)
 
     def abandon(self) -> None:
         """Lets go of a forward pass that did not reach its end."""
@@ -170,25 +186,26 @@ class Tape:
     def checked(self, output: Tensor) -> Tensor:
         """Looks after streams that overflowed, at the end of a forward pass.
 
-        Where a backward pass is to come it is an error: at once on a grid of the user's own; before the backward pass
-        on the automatic one, which all but never overflows, so that the forward pass waits for nothing. In evaluation
-        it is none: what 64 bits do not hold is as good as infinite, and becomes NaN as in a model that overflows.
+        In training, a stream that overflows on a grid of the user's own is an error at once. On the automatic one,
+        which hardly ever overflows, and in evaluation the forward pass waits for nothing: what it returns becomes NaN,
+        and a backward pass through it the error.
 
         Returns:
-            `output`, or NaN in its place.
+            `output`, or NaN in its memory.
 
         Raises:
             StreamOverflowError: a hidden state was too large or not finite.
         """
         if on_fake_tensors():
             self.magnitudes.clear()
-        if self.magnitudes and not self.rebuilt:
-            reach = self.coupling.reach(self.arithmetic)
-            fits = (torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes]) < reach).all()
-            self.magnitudes.clear()
-            return torch.where(fits, output, math.nan)
-        if self.kept is None or not isinstance(self.arithmetic, FixedPoint) or not self.arithmetic.automatic:
+        if not self.magnitudes:
+            return output
+        if self.training and (self.kept is None or not self.arithmetic.automatic):
             self.check_magnitudes()
+            return output
+        largest = torch.stack([value.to(self.device, torch.float32) for _, value in self.magnitudes])
+        # Nobody has seen it yet, so autograd need not know: nothing is kept of it, and no copy is made.
+        output.data.mul_(torch.where((largest < self.reach).all(), 1.0, math.nan))
         return output
 
     def check_magnitudes(self) -> None:
@@ -199,8 +216,7 @@ class Tape:
         """
         if not self.magnitudes:
             return
-        reach = self.coupling.reach(self.arithmetic)
-        reached = reach if isinstance(reach, Tensor) else torch.tensor(reach, device=self.device)
+        reached = torch.as_tensor(self.reach, dtype=torch.float32, device=self.device)
         found = [value.to(self.device, torch.float32) for _, value in self.magnitudes]
         *values, reach = torch.stack([*found, reached]).tolist()
         peaks: dict[int, float] = {}
