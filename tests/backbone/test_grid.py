@@ -129,7 +129,7 @@ def test_what_is_not_finite_is_an_error_in_training() -> None:
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
     for bits in ("auto", 8):
         found = meft.make_reversible(copy.deepcopy(model).train(), fraction_bits=bits)
-        with pytest.raises(StreamOverflowError, match="layers 2 to 3.*overflows its dtype, or diverges"):
+        with pytest.raises(StreamOverflowError, match=r"layers 2 to 3.*overflows its dtype, or diverges"):
             gradients(found)
 
 
