@@ -1,117 +1,94 @@
-"""What is to be done with a stack of layers: the options of `MeftConfig` and `make_reversible`, checked."""
+"""What is to be done with a stack of layers: its options (`meft.options`), checked, and what is made of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from meft.engine.arithmetic import MAX_FRACTION_BITS, MIN_FRACTION_BITS, Arithmetic, FixedPoint, FloatArithmetic
-from meft.engine.couplings import Coupling, OutputRule, make_coupling
+from meft.engine.arithmetic import Arithmetic, FixedPoint, FloatArithmetic
+from meft.engine.couplings import Coupling, make_coupling
 from meft.errors import ConfigError
+from meft.options import WithOptions, check_choice, check_integer, option_dataclass, plan_options
 
-ARITHMETICS = ("exact", "float")
-BACKWARDS = ("reversible", "cached")
+__all__ = ["Plan", "check_choice", "check_integer", "make_arithmetic"]
 
 # Below this many tokens tiles save little and cost time. A quarter of the tokens at once takes a feed-forward below the
 # attention in memory, and more tiles would only cost time (docs/log.md).
 _TILED_FROM, _TILES = 1024, 4
 
 
-@dataclass(frozen=True)
-class Plan:
+def _options_of_part(part: str) -> list[str]:
+    return [name for name, option in plan_options().items() if option.part == part]
+
+
+@option_dataclass([option for option in plan_options().values() if option.part == "plan"], frozen=True)
+class Plan(WithOptions):
     """How a stack of layers is run.
 
     Attributes:
         coupling: how streams pass through a layer; None leaves the layers uncoupled, as they are.
         arithmetic: how streams are stored and inverted.
         reversible: rebuild activations in the backward pass; otherwise keep them.
-        frozen_layers: lowest layers that run without adapters and without any backward pass.
-        cached_layers: highest layers that keep their activations.
-        drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
-        anchor_every: layers between streams that are kept, or None.
-        tile_size: tokens that a feed-forward block is given at once, "auto", or None for all of them.
-        feedforward_module: the child of a layer beside which the parallel adapter stands; None for the known one.
+        options: those of the table (`meft.options`).
     """
 
     coupling: Coupling | None
     arithmetic: Arithmetic
     reversible: bool
-    frozen_layers: int
-    cached_layers: int
-    drift_tolerance: float
-    anchor_every: int | None = None
-    feedforward_module: str | None = None
-    tile_size: int | str | None = "auto"
 
     @classmethod
-    def make(
-        cls,
-        *,
-        coupling: str | None,
-        lam: float | None = None,
-        beta: float | None = None,
-        gamma: float | None = None,
-        output: OutputRule | None = None,
-        arithmetic: str = "exact",
-        backward: str = "reversible",
-        fraction_bits: int = 16,
-        frozen_layers: int = 0,
-        cached_layers: int = 0,
-        drift_tolerance: float = 1e-2,
-        anchor_every: int | None = None,
-        feedforward_module: str | None = None,
-        granularity: str = "layer",
-        tile_size: int | str | None = "auto",
-        sign: str = "fixed",
-    ) -> Plan:
+    def make(cls, *, coupling: str | None, **options: Any) -> Plan:
         """Checks the options and builds the plan they describe; their meaning is `meft.MeftConfig`'s.
+
+        Args:
+            coupling: its name; None for layers that stay as they are.
+            **options: the others that make up a plan (`meft.options.plan_options`); those left out have their defaults.
 
         Raises:
             ConfigError: an option has a value that is not valid, alone or beside the others.
+            TypeError: there is no such option.
         """
-        check_choice("arithmetic", arithmetic, ARITHMETICS)
-        check_choice("backward", backward, BACKWARDS)
-        check_integer("fraction_bits", fraction_bits, MIN_FRACTION_BITS, MAX_FRACTION_BITS)
-        check_integer("frozen_layers", frozen_layers, 0)
-        check_integer("cached_layers", cached_layers, 0)
-        if anchor_every is not None:
-            check_integer("anchor_every", anchor_every, 1)
-        if tile_size is not None and tile_size != "auto":
-            check_integer("tile_size", tile_size, 1)
-        if not isinstance(drift_tolerance, int | float) or not drift_tolerance >= 0:
-            raise ConfigError(
-                f"drift_tolerance={drift_tolerance!r} is no relative error. Valid: a number from 0 up. Use 1e-2, say."
-            )
-        numbers: Arithmetic = FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()
+        known = plan_options()
+        for name in options:
+            if name not in known:
+                raise TypeError(f"Plan.make() got an unexpected keyword argument {name!r}. Valid: {', '.join(known)}.")
+        values: dict[str, Any] = {}
+        for name, option in known.items():
+            value = coupling if name == "coupling" else options.get(name, option.default)
+            if name == "coupling" and coupling is None:
+                continue
+            option.check(value)
+            values[name] = option.resolve(coupling, option.normal(value))
+        arithmetic = make_arithmetic(**{name: values[name] for name in _options_of_part("arithmetic")})
         steps = None
         if coupling is not None:
-            steps = make_coupling(
-                coupling, lam=lam, beta=beta, gamma=gamma, output=output, granularity=granularity, sign=sign
-            )
-            steps.check(numbers)
-        reversible = backward == "reversible"
-        return cls(
-            steps,
-            numbers,
-            reversible,
-            frozen_layers,
-            cached_layers,
-            float(drift_tolerance),
-            anchor_every,
-            feedforward_module,
-            tile_size,
-        )
+            chosen = {name: values[name] for name in _options_of_part("coupling") if name != "coupling"}
+            # What the coupling has no such option for stays out, so that its own error speaks of what was given.
+            steps = make_coupling(coupling, **{name: value for name, value in chosen.items() if value is not None})
+            steps.check(arithmetic)
+        parts = {name: values[name] for name in _options_of_part("plan")}
+        return cls(steps, arithmetic, values["backward"] == "reversible", **parts)
+
+    def options(self) -> dict[str, Any]:
+        """The options by the names that users know, with the values that they were resolved to."""
+        coupling = {} if self.coupling is None else {"coupling": self.coupling.name, **self.coupling.options()}
+        arithmetic = {name: getattr(self.arithmetic, name, None) for name in _options_of_part("arithmetic")}
+        return {
+            **coupling,
+            "arithmetic": "exact" if self.arithmetic.exact else "float",
+            "backward": "reversible" if self.reversible else "cached",
+            **{name: value for name, value in arithmetic.items() if name != "arithmetic"},
+            **{name: getattr(self, name) for name in _options_of_part("plan")},
+        }
 
     def tile(self, tokens: int) -> int | None:
         """How many of so many tokens to give a feed-forward block at once; None for all."""
         if self.tile_size == "auto":
             return -(-tokens // _TILES) if tokens >= _TILED_FROM else None
-        assert not isinstance(self.tile_size, str)
-        return self.tile_size
+        return None if self.tile_size is None else int(self.tile_size)
 
     def differences(self, other: Plan) -> str:
         """Says in which options another plan differs from this one: "gamma 0.25, not 0.125"; empty if in none."""
-        mine, theirs = _options(self), _options(other)
+        mine, theirs = self.options(), other.options()
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
         return "; ".join(f"{name} {theirs.get(name)!r}, not {mine.get(name)!r}" for name in names)
 
@@ -130,29 +107,6 @@ class Plan:
             )
 
 
-def _options(plan: Plan) -> dict[str, Any]:
-    """The options of a plan by the names that users know."""
-    coupling = plan.coupling
-    known = {
-        "arithmetic": "exact" if plan.arithmetic.exact else "float",
-        "backward": "reversible" if plan.reversible else "cached",
-        "fraction_bits": getattr(plan.arithmetic, "fraction_bits", None),
-        **{name: getattr(plan, name) for name in ("frozen_layers", "cached_layers", "drift_tolerance")},
-        **{name: getattr(plan, name) for name in ("anchor_every", "feedforward_module", "tile_size")},
-    }
-    return known if coupling is None else {"coupling": coupling.name, **coupling.options(), **known}
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError if an option is none of its choices."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown. Valid: {', '.join(map(repr, choices))}. Choose one of these.")
-
-
-def check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
-    """Raises ConfigError if an option is no integer of its range."""
-    bounded = f"{lowest} to {highest}" if highest is not None else f"at least {lowest}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. Valid: an integer, {bounded}.")
-    if value < lowest or (highest is not None and value > highest):
-        raise ConfigError(f"{name}={value} is out of range. Valid: an integer, {bounded}.")
+def make_arithmetic(arithmetic: str, fraction_bits: int) -> Arithmetic:
+    """Makes the arithmetic that the options of this part ask for."""
+    return FixedPoint(fraction_bits) if arithmetic == "exact" else FloatArithmetic()

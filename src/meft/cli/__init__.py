@@ -21,6 +21,7 @@ from meft.errors import (
     OutputFolderError,
     UnsupportedModelError,
 )
+from meft.options import METHOD, options_of
 
 BAD_INPUT = (
     ConfigError,
@@ -121,7 +122,10 @@ def families(
     sys.exit(families_command(model_type or (), as_markdown=as_markdown, output=output, command=_command(context)))
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(
+    context_settings=_PASS_ON,
+    epilog=f"Options of the methods (docs/options.md): {', '.join(f'--{name}' for name in options_of(METHOD))}.",
+)
 def estimate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name on the hub, a model's folder, or a config.json.")],

@@ -35,6 +35,7 @@ networks, Sander et al. 2021 (arXiv 2102.07870); random signs, Zhang et al. 2024
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -181,8 +182,23 @@ class Coupling:
         return arithmetic.limit / 2 if any(step.difference for step in self.steps) else arithmetic.limit
 
 
-_DEFAULTS: dict[str, tuple[float, float]] = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
-_DEFAULT_GAMMA = 0.25
+# What an option that is left open (None) is for each coupling.
+_OWN: dict[str, dict[str, Any]] = {
+    "meft1": {"lam": 0.1, "beta": 1.0, "output": "mean"},
+    "meft2": {"lam": 1.0, "beta": 0.1, "output": "mean"},
+    "meft3": {"lam": 0.1, "beta": 0.1, "output": "mean"},
+    "momentum": {"gamma": 0.25, "output": "newest"},
+}
+
+
+def own_option(coupling: str | None, name: str) -> Any:
+    """What a coupling takes for an option that is left open; None where it has no such option.
+
+    Example:
+        >>> own_option("momentum", "gamma")
+        0.25
+    """
+    return _OWN.get(coupling or "", {}).get(name)
 
 
 def make_coupling(
@@ -236,11 +252,11 @@ def make_coupling(
             f'sign={sign!r} does not go with coupling={name!r}. Valid: "fixed", and for "momentum" also "random", '
             "which draws the sign of gamma in training. Choose one of these."
         )
+    weights = output_weights(own_option(name, "output") if output is None else output)
     if name == "momentum":
-        own = _DEFAULT_GAMMA if gamma is None else gamma
+        own = own_option(name, "gamma") if gamma is None else gamma
         drawn: Literal["fixed", "random"] = "random" if sign == "random" else "fixed"
         steps: tuple[Step, ...] = (Step("F", 0, 1, own, difference=True, sign=drawn),)
-        weights = _output_weights(output or "newest")
         if drawn == "random" and weights != (0, 1):
             raise ConfigError(
                 f'output={output!r} does not go with sign="random", which trains for the plain model: that has no '
@@ -251,11 +267,11 @@ def make_coupling(
         # Twice the one step with a switch: the second adds to the stream that the first one read.
         steps = (*steps, Step("G", 1, 0, own, difference=True, sign=drawn))
         return Coupling(name, steps, switch=False, newest=1, output=weights, splits=True)
-    own_lam, own_beta = _DEFAULTS[name]
-    steps = (Step("F", 0, 1, own_lam if lam is None else lam), Step("G", 1, 0, own_beta if beta is None else beta))
+    lam = own_option(name, "lam") if lam is None else lam
+    beta = own_option(name, "beta") if beta is None else beta
+    steps = (Step("F", 0, 1, lam), Step("G", 1, 0, beta))
     # The pretrained layer's output is y1 in meft1 and y2 in meft2 and meft3; meft1 and meft2 switch.
     newest: Literal[0, 1] = 0 if name == "meft2" else 1
-    weights = _output_weights(output or "mean")
     return Coupling(name, steps, switch=name != "meft3", newest=newest, output=weights, splits=name == "meft3")
 
 
@@ -263,15 +279,22 @@ def _factor_names(name: str) -> tuple[str, ...]:
     return ("gamma",) if name == "momentum" else ("lam", "beta")
 
 
-def _output_weights(rule: OutputRule) -> tuple[float, float]:
-    """Turns an output rule into the weights (older, newest)."""
-    if rule == "mean":
-        return 0.5, 0.5
-    if rule == "newest":
-        return 0.0, 1.0
-    if not isinstance(rule, str) and len(rule) == 2 and rule[0] == "sum" and isinstance(rule[1], int | float):
-        return float(rule[1]), 1.0
+def output_weights(rule: OutputRule) -> tuple[float, float]:
+    """Turns an output rule into the weights (older, newest).
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(rule, str):
+        if rule == "mean":
+            return 0.5, 0.5
+        if rule == "newest":
+            return 0.0, 1.0
+    elif isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str) and rule[0] == "sum":
+        share = rule[1]
+        if isinstance(share, int | float) and not isinstance(share, bool) and abs(share) < math.inf:
+            return float(share), 1.0
     raise ConfigError(
-        f'output={rule!r} is no output rule. Valid: "mean", "newest", ("sum", s) with s a number, for newest + s * '
-        "older, or None for the coupling's own. Choose one of these."
+        f'output={rule!r:.80} is no output rule. Valid: "mean", "newest", ("sum", s) with s a number, for newest + s * '
+        "older (sum:0.1 on a command line), or None for the coupling's own. Choose one of these."
     )

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from meft.backbone.plan import Plan, check_choice, check_integer
+from meft.backbone.plan import Plan
 from meft.engine.couplings import COUPLINGS
 from meft.errors import CheckpointError, ConfigError
+from meft.options import ADAPTER_ONLY, CONFIG, checked, option_dataclass, options_of, plan_options
 
 from .peft_type import MEFT
 
-ADAPTER_ONLY = "adapter"
 
-
-@dataclass
+@option_dataclass(options_of(CONFIG).values())
 class MeftConfig(PeftConfig):
     """Options of MEFT as a PEFT method.
 
@@ -29,60 +28,12 @@ class MeftConfig(PeftConfig):
     Args:
         task_type: as for any PEFT method: "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM",
             "FEATURE_EXTRACTION", or None.
-        coupling: "meft1", "meft2", "meft3" or "momentum" (`meft.engine.couplings`); "adapter" trains the same adapters on the
-            ordinary layers, which are then not reversible.
-        bottleneck_dim: width of the adapters, at least 1.
-        lam: factor of the first stream; None for the coupling's own (0.1, 1, 0.1). In exact arithmetic 1/m with m an
-            integer up to 256, as beta and gamma.
-        beta: factor of the second stream; None for the coupling's own (1, 0.1, 0.1).
-        gamma: factor of `momentum`; None for 1/4.
-        output: how the last streams are read: "mean", "newest", ("sum", s) for newest + s * older, None for the
-            coupling's own.
-        arithmetic: "exact" rebuilds activations bit for bit; "float" divides, and loses precision in each layer.
-        backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
-        fraction_bits: binary places of exact streams, 4 to 24: hidden states in +-2**(31 - fraction_bits).
-        frozen_layers: lowest layers of each stack, without adapters and without any backward pass.
-        cached_layers: highest layers of each stack, with stored activations.
-        drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
-        anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
-            not deterministic; the integrity check then warns past `drift_tolerance` instead of raising.
-        stacks: names of the layer stacks to take, or of modules they lie in ("vision_tower"); None for all.
-        feedforward_module: child of a layer, as "mlp", beside which the parallel adapter stands; None for the one that
-            is known of the family, or has a usual name (docs/architectures.md).
-        granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
-            them is rebuilt at a time (`momentum`, in families whose layers split).
-        tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
-            "auto" for a quarter of them from 1024 up, None for all.
-        fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
-            training (`meft.loss`).
-        sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average ordinary
-            layers are trained; in evaluation they are run as such, beside the adapters (`momentum`).
-        modules_to_save: modules besides the adapters to train and save; PEFT adds the task's head.
+        options: those of the table (`meft.options`).
 
     Raises:
         ConfigError: an option is not valid, alone or beside the others.
     """
 
-    coupling: str = field(default="meft1", metadata={"help": "meft1, meft2, meft3, momentum, or adapter."})
-    bottleneck_dim: int = field(default=8, metadata={"help": "Width of the adapters."})
-    lam: float | None = field(default=None, metadata={"help": "Factor of the first stream."})
-    beta: float | None = field(default=None, metadata={"help": "Factor of the second stream."})
-    gamma: float | None = field(default=None, metadata={"help": "Factor of momentum."})
-    output: Any = field(default=None, metadata={"help": 'mean, newest, or ["sum", s].'})
-    arithmetic: str = field(default="exact", metadata={"help": "exact or float."})
-    backward: str = field(default="reversible", metadata={"help": "reversible or cached."})
-    fraction_bits: int = field(default=16, metadata={"help": "Binary places of exact streams, 4 to 24."})
-    frozen_layers: int = field(default=0, metadata={"help": "Lowest layers without adapters and backward pass."})
-    cached_layers: int = field(default=0, metadata={"help": "Highest layers with stored activations."})
-    drift_tolerance: float = field(default=1e-2, metadata={"help": "Relative error past which float warns."})
-    anchor_every: int | None = field(default=None, metadata={"help": "Layers between streams that are kept."})
-    stacks: list[str] | None = field(default=None, metadata={"help": "Layer stacks to take; all by default."})
-    feedforward_module: str | None = field(default=None, metadata={"help": "The feed-forward's name in a layer."})
-    granularity: str = field(default="layer", metadata={"help": "layer, or block for momentum."})
-    tile_size: int | str | None = field(default="auto", metadata={"help": "Tokens to a feed-forward block, or auto."})
-    fused_loss: bool = field(default=True, metadata={"help": "Language-model losses without whole logits."})
-    sign: str = field(default="fixed", metadata={"help": "fixed, or random for momentum."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     target_modules: None = field(default=None, metadata={"help": "Unused: MEFT takes every layer of every stack."})
     base_layers: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "The layer stacks the adapter was made for; filled in on injection."}
@@ -94,39 +45,36 @@ class MeftConfig(PeftConfig):
         # Where this object came from and went, which is not saved.
         self.loaded_from: str | None = None
         self.injected = False
-        if isinstance(self.output, list):
-            self.output = tuple(self.output)
-        check_choice("coupling", self.coupling, (*COUPLINGS, ADAPTER_ONLY))
-        check_integer("bottleneck_dim", self.bottleneck_dim, 1)
+        for name, value in checked(CONFIG, vars(self)).items():
+            setattr(self, name, value)
         if self.target_modules is not None:
             raise ConfigError(
                 f"target_modules={self.target_modules!r} is not an option of MEFT, which takes every layer of every "
                 "stack. Use frozen_layers to leave the lowest ones as they are."
             )
-        if self.coupling == ADAPTER_ONLY:
+        if self.base_layers is not None:
+            self._resolve_as_saved()
+        elif self.coupling == ADAPTER_ONLY:
             self._refuse_coupling_options()
         self.plan()
 
     def plan(self) -> Plan:
         """Builds the checked plan these options describe."""
-        return Plan.make(
-            coupling=None if self.coupling == ADAPTER_ONLY else self.coupling,
-            lam=self.lam,
-            beta=self.beta,
-            gamma=self.gamma,
-            output=self.output,
-            arithmetic=self.arithmetic,
-            backward=self.backward,
-            fraction_bits=self.fraction_bits,
-            frozen_layers=self.frozen_layers,
-            cached_layers=self.cached_layers,
-            drift_tolerance=self.drift_tolerance,
-            anchor_every=self.anchor_every,
-            feedforward_module=self.feedforward_module,
-            granularity=self.granularity,
-            tile_size=self.tile_size,
-            sign=self.sign,
-        )
+        options = {name: getattr(self, name) for name in plan_options() if name in options_of(CONFIG)}
+        return Plan.make(**{**options, "coupling": None if self.coupling == ADAPTER_ONLY else self.coupling})
+
+    def record(self, plan: Plan) -> None:
+        """Notes what was left open and is known now, so that a saved adapter keeps its meaning when defaults change.
+
+        Args:
+            plan: of the stacks that the adapter stands in.
+        """
+        found = plan.options()
+        for name, option in options_of(CONFIG).items():
+            if option.later and name in found:
+                setattr(self, name, found[name])
+            elif option.own is not None:
+                setattr(self, name, option.resolve(self.coupling, getattr(self, name)))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -141,10 +89,17 @@ class MeftConfig(PeftConfig):
         check_safetensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         return config
 
+    def _resolve_as_saved(self) -> None:
+        """What a saved adapter left open is what it meant when it was saved, and not what it would mean today."""
+        for name, option in options_of(CONFIG).items():
+            meaning = option.before or option.own
+            if meaning is not None and getattr(self, name) is None:
+                setattr(self, name, meaning(self.coupling))
+
     def _refuse_coupling_options(self) -> None:
-        for name, unset in (("lam", None), ("beta", None), ("gamma", None), ("output", None), ("sign", "fixed")):
+        for name, option in options_of(CONFIG).items():
             value = getattr(self, name)
-            if value != unset:
+            if option.part == "coupling" and name != "coupling" and value != option.default:
                 raise ConfigError(
                     f'{name}={value!r} was given, but coupling="adapter" couples nothing. Leave {name} out, or choose '
                     f"one of {', '.join(COUPLINGS)}."

@@ -28,8 +28,9 @@ from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.sharding import refuse_sharded
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
 from meft.loss import attach, detach
+from meft.options import ADAPTER_ONLY
 
-from .config import ADAPTER_ONLY, MeftConfig
+from .config import MeftConfig
 from .peft_type import MEFT
 
 logger = logging.get_logger(__name__)
@@ -195,6 +196,7 @@ class MeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args[:2], **kwargs)
         if config.fused_loss and config.coupling != ADAPTER_ONLY:
             attach(model)
+        config.record(next(iter(places.values()))[1].plan)
 
     def _check_target_module_exists(self, peft_config: MeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._places
