@@ -7,12 +7,12 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from .table import Option, options_of
 
 Class = TypeVar("Class", bound=type)
-Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 PLACE = "options: those of the table (`meft.options`)."
 """Stands in a docstring where the options are to be described."""
 _WIDTH = 116
@@ -27,6 +27,8 @@ class WithOptions:
         def __init__(self, *args: Any, **options: Any) -> None: ...
 
         def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def option_dataclass(
@@ -56,18 +58,20 @@ def option_dataclass(
             setattr(cls, option.name, dataclasses.field(default=default(option), metadata=metadata))
         cls.__annotations__ = {**needed, **added, **own}
         cls.__doc__ = documented(cls.__doc__, options)
-        return dataclasses.dataclass(**how)(cls)  # type: ignore[no-any-return]
+        return cast(Class, dataclasses.dataclass(**how)(cls))
 
     return make
 
 
-def option_arguments(reader: str, *, positional: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+def option_arguments(
+    reader: str, *, positional: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Gives a function the options of a reader as arguments: keywords, but for those named as positional.
 
     The function takes its first argument and the dictionary of all options. Signature and docstring show them.
     """
 
-    def make(function: Function) -> Function:
+    def make(function: Callable[..., Result]) -> Callable[..., Result]:
         options = options_of(reader)
         hints = inspect.signature(function, eval_str=True)
         first = next(iter(hints.parameters.values()))
@@ -79,7 +83,7 @@ def option_arguments(reader: str, *, positional: tuple[str, ...] = ()) -> Callab
         signature = hints.replace(parameters=parameters)
 
         @functools.wraps(function)
-        def call(*args: Any, **keywords: Any) -> Any:
+        def call(*args: Any, **keywords: Any) -> Result:
             try:
                 bound = signature.bind(*args, **keywords)
             except TypeError as error:
@@ -90,7 +94,7 @@ def option_arguments(reader: str, *, positional: tuple[str, ...] = ()) -> Callab
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": signature.return_annotation}
         call.__doc__ = documented(function.__doc__, options.values())
-        return call  # type: ignore[return-value]
+        return call
 
     return make
 

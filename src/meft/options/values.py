@@ -99,7 +99,7 @@ class Number:
                 f"{name}={shown(value)} is a {type(value).__name__}. Valid: {self.valid}{or_else}."
                 f"{_instead(name, value) or self.hint}"
             )
-        if abs(value) > _LARGEST and not math.isinf(value):
+        if isinstance(value, int) and abs(value) > _LARGEST:
             raise ConfigError(f"{name}={shown(value)} is out of range. Valid: {self.valid}{or_else}.{self.hint}")
         below = self.lowest is not None and not value >= self.lowest
         if below or (self.highest is not None and not value <= self.highest):

@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from meft.backbone.plan import Plan
 from meft.engine.couplings import COUPLINGS
 from meft.errors import CheckpointError, ConfigError
-from meft.options import ADAPTER_ONLY, CONFIG, checked, option_dataclass, options_of, plan_options
+from meft.options import ADAPTER_ONLY, CONFIG, WithOptions, checked, option_dataclass, options_of, plan_options
 
 from .peft_type import MEFT
 
 
 @option_dataclass(options_of(CONFIG).values())
-class MeftConfig(PeftConfig):
+class MeftConfig(WithOptions, PeftConfig):
     """Options of MEFT as a PEFT method.
 
     Example:
