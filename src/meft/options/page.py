@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .table import CONFIG, FUNCTION, METHOD, OPTIONS, Option
+from . import table
+from .table import CONFIG, FUNCTION, METHOD, Option
 from .values import Names
 
 _HEAD = """# Options
@@ -24,7 +25,7 @@ _READERS = (CONFIG, FUNCTION, METHOD)
 
 def reference_page() -> str:
     """The page in Markdown."""
-    return "\n".join([_HEAD, *map(_entry, OPTIONS)])
+    return "\n".join([_HEAD, *map(_entry, table.OPTIONS)])
 
 
 def _entry(option: Option) -> str:
@@ -36,10 +37,12 @@ def _entry(option: Option) -> str:
     rows.append(("Taken by", ", ".join(_reader(reader) for reader in _READERS if reader in option.readers)))
     if METHOD in option.readers:
         rows.append(("Written", _written(option)))
-    only = len(option.readers) == 1 and any(other.name == option.name and other is not option for other in OPTIONS)
+    only = len(option.readers) == 1 and any(
+        other.name == option.name and other is not option for other in table.OPTIONS
+    )
     heading = f"## `{option.name}`" + (f" of `{next(iter(option.readers))}`" if only else "")
-    table = [f"| | |\n|---|---|\n| {rows[0][0]} | {rows[0][1]} |", *(f"| {name} | {text} |" for name, text in rows[1:])]
-    return "\n".join([heading, "", option.help, "", *table, ""])
+    lines = [f"| | |\n|---|---|\n| {rows[0][0]} | {rows[0][1]} |", *(f"| {name} | {text} |" for name, text in rows[1:])]
+    return "\n".join([heading, "", option.help, "", *lines, ""])
 
 
 def _default(option: Option) -> str:
