@@ -342,6 +342,19 @@ def test_a_folder_of_the_first_version(coupling: str, meant: dict[str, Any], tmp
     assert {name: getattr(config, name) for name in meant} == meant
 
 
+def test_a_configuration_that_serves_again() -> None:
+    """What one coupling decided does not bind another; what the user decided does."""
+    config = meft.MeftConfig(task_type="SEQ_CLS", coupling="meft1", output="newest")
+    get_peft_model(models.build("bert"), config)
+    assert (config.lam, config.beta, config.gamma) == (0.1, 1.0, None)
+    config.coupling = "momentum"
+    get_peft_model(models.build("bert"), config)
+    assert (config.lam, config.beta, config.gamma, config.output) == (None, None, 0.25, "newest")
+    config.gamma, config.coupling = 0.5, "meft2"
+    with pytest.raises(ConfigError, match="gamma=0.5 was given, but coupling='meft2' has no gamma"):
+        get_peft_model(models.build("bert"), config)
+
+
 def test_a_configuration_as_before() -> None:
     config = meft.MeftConfig("SEQ_CLS", coupling="meft2", output=["sum", 0.5], stacks=("a",))
     assert (config.task_type, config.output, config.stacks) == ("SEQ_CLS", ("sum", 0.5), ["a"])

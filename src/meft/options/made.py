@@ -47,6 +47,8 @@ def option_dataclass(
         **how: passed on to `dataclasses.dataclass`.
     """
 
+    options = tuple(options)
+
     def make(cls: Class) -> Class:
         own = inspect.get_annotations(cls)
         needed = {name: kind for name, kind in own.items() if own_first or name not in cls.__dict__}

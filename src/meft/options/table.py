@@ -15,6 +15,8 @@ Where an option is used follows from its `part`:
 | "adapter"    | read off the configuration by the tuner, which makes the adapters      |
 | "model"      | read by `make_reversible` and the tuner, which change the model        |
 | "lora"       | PEFT's LoRA takes it                                                   |
+
+To add an option: an entry here, its use, and `python -m meft.options docs/options.md` for the page.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Option:
         words: other values that are valid, and what they mean: {"auto": "..."}.
         own: what None stands for, given the name of the coupling, where the coupling decides; such a value is recorded
             in saved folders, so that an adapter keeps its meaning when defaults change.
-        before: the same for folders that were saved before the option was recorded, where that is another value.
+        before: the same for folders that were saved before the option was recorded, where that is another value. So an
+            option whose default is to change later, or that comes later, is one that None leaves open.
         later: None (or a word) stands for something that is known with the stack only: whoever finds out puts it into
             the plan of the stack (`dataclasses.replace`), and it is recorded like `own`.
         methods: the ways to train that it means something to; it is refused beside others on command lines. None: all.

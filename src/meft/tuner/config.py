@@ -45,6 +45,7 @@ class MeftConfig(WithOptions, PeftConfig):
         # Where this object came from and went, which is not saved.
         self.loaded_from: str | None = None
         self.injected = False
+        self._recorded: dict[str, Any] = {}
         for name, value in checked(CONFIG, vars(self)).items():
             setattr(self, name, value)
         if self.target_modules is not None:
@@ -60,6 +61,7 @@ class MeftConfig(WithOptions, PeftConfig):
 
     def plan(self) -> Plan:
         """Builds the checked plan these options describe."""
+        self._reopen()
         options = {name: getattr(self, name) for name in plan_options() if name in options_of(CONFIG)}
         return Plan.make(**{**options, "coupling": None if self.coupling == ADAPTER_ONLY else self.coupling})
 
@@ -69,12 +71,16 @@ class MeftConfig(WithOptions, PeftConfig):
         Args:
             plan: of the stacks that the adapter stands in.
         """
-        found = plan.options()
-        for name, option in options_of(CONFIG).items():
-            if option.later and name in found:
-                setattr(self, name, found[name])
-            elif option.own is not None:
-                setattr(self, name, option.resolve(self.coupling, getattr(self, name)))
+        known = plan.options()
+        found = {
+            name: known[name] if option.later and name in known else option.resolve(self.coupling, getattr(self, name))
+            for name, option in options_of(CONFIG).items()
+            if option.later or option.own is not None
+        }
+        self._recorded = {name: value for name, value in found.items() if getattr(self, name) != value}
+        self._recorded_for = self.coupling
+        for name, value in found.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -88,6 +94,14 @@ class MeftConfig(WithOptions, PeftConfig):
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_safetensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         return config
+
+    def _reopen(self) -> None:
+        """Of a configuration that serves another coupling now, what the former one decided is open again."""
+        if self._recorded and self.coupling != self._recorded_for:
+            for name, value in self._recorded.items():
+                if getattr(self, name) == value:
+                    setattr(self, name, options_of(CONFIG)[name].default)
+            self._recorded = {}
 
     def _resolve_as_saved(self) -> None:
         """What a saved adapter left open is what it meant when it was saved, and not what it would mean today."""
