@@ -351,7 +351,7 @@ def test_a_configuration_that_serves_again() -> None:
     get_peft_model(models.build("bert"), config)
     assert (config.lam, config.beta, config.gamma, config.output) == (None, None, 0.25, "newest")
     config.gamma, config.coupling = 0.5, "meft2"
-    with pytest.raises(ConfigError, match="gamma=0.5 was given, but coupling='meft2' has no gamma"):
+    with pytest.raises(ConfigError, match=r"gamma=0\.5 was given, but coupling='meft2' has no gamma"):
         get_peft_model(models.build("bert"), config)
 
 

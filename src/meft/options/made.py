@@ -46,7 +46,6 @@ def option_dataclass(
         own_first: whether all fields that the class declares come first, and not only those without a default.
         **how: passed on to `dataclasses.dataclass`.
     """
-
     options = tuple(options)
 
     def make(cls: Class) -> Class:
