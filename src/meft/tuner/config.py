@@ -77,7 +77,7 @@ class MeftConfig(WithOptions, PeftConfig):
             for name, option in options_of(CONFIG).items()
             if option.later or option.own is not None
         }
-        self._recorded = {name: value for name, value in found.items() if getattr(self, name) != value}
+        self._recorded |= {name: value for name, value in found.items() if getattr(self, name) != value}
         self._recorded_for = self.coupling
         for name, value in found.items():
             setattr(self, name, value)
