@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_callbacks import lora, run, training_logs
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 import meft
-from meft.backbone.adapters import PLACES
 from meft.backbone.discovery import find_stacks, post_norm
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
@@ -32,6 +30,7 @@ from meft.engine import couplings
 from meft.engine.tape import residues_told_to
 from meft.errors import ConfigError, DistantStartWarning
 from meft.loss import LazyLogits
+from meft.options import PLACES
 from meft.training.callbacks import START_KL, START_LOSS, FirstBatch
 from meft.training.runs import begun_with
 from meft.tuner.config import MeftConfig
@@ -39,6 +38,7 @@ from meft.verification.distance import Distance, distance_from_plain
 from support import models, tiny
 from support.peft_helpers import batch_of, enlarge, gradients
 from support.stacks import Block, Stacked
+from training.test_callbacks import lora, run, training_logs
 
 SAVED = Path(__file__).parents[1] / "saved" / "0.1.0"
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -82,7 +82,7 @@ def test_adapters_of_version_0_1_0_compute_what_they_computed(base: str, name: s
 
 def test_the_saved_outputs_tell_the_settings_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """With today's defaults in the place of those of version 0.1.0 the same folders compute something else."""
-    monkeypatch.setattr("meft.tuner.config.SAVED_BEFORE", couplings._PRE_NORM)
+    monkeypatch.setattr("meft.options.table.SAVED_BEFORE", couplings._PRE_NORM)
     wanted = load_file(SAVED / "llama" / "outputs.safetensors")
     for name in ("meft1", "meft2", "meft3", "momentum", "momentum-block"):
         assert not torch.equal(loaded("llama", name), wanted[name])
