@@ -66,7 +66,8 @@ from meft.options import reference_page
 from meft.backbone.plan import Plan
 from meft_lab.sweep import Sweep, load_recipe
 from meft.training import TRAIN_TYPES
-from meft.training.arguments import MeftArguments, ModelArguments, parse
+from meft.loading.arguments import ModelArguments
+from meft.training.arguments import MeftArguments, parse
 from meft.backbone.discovery import find_stacks
 
 def refused(call, text):
