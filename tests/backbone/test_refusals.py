@@ -157,7 +157,7 @@ def test_nothing_to_restore_is_refused() -> None:
         ({"output": ("sum", "x")}, "is no output rule"),
         ({"arithmetic": "double"}, "arithmetic='double' is unknown. Valid: 'exact', 'float'"),
         ({"backward": "both"}, "backward='both' is unknown. Valid: 'reversible', 'cached'"),
-        ({"fraction_bits": 25}, "fraction_bits=25 is out of range. Valid: 'auto', or an integer, 4 to 24"),
+        ({"fraction_bits": 25}, "fraction_bits=25 is out of range. Valid: an integer, 4 to 24 or 'auto'"),
         ({"fraction_bits": 16.0}, "fraction_bits=16.0 is a float"),
         ({"frozen_layers": -1}, "frozen_layers=-1 is out of range"),
         ({"frozen_layers": 3}, "frozen_layers=3 leaves nothing to train: .*encoder.layer of BertModel has 3 layers"),

@@ -88,7 +88,7 @@ def test_inverse_of_forward_in_both_arithmetics(name: str) -> None:
         ({"coupling": "meft1", "backward": "yes"}, r"backward='yes' is unknown"),
         (
             {"coupling": "meft1", "fraction_bits": 3},
-            r"fraction_bits=3 is out of range. Valid: 'auto', or an integer, 4 to 24",
+            r"fraction_bits=3 is out of range. Valid: an integer, 4 to 24 or 'auto'",
         ),
         ({"coupling": "meft1", "fraction_bits": 25}, r"fraction_bits=25 is out of range"),
         ({"coupling": "meft1", "fraction_bits": 16.0}, r"fraction_bits=16.0 is a float"),

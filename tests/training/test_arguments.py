@@ -132,7 +132,7 @@ def test_number_of_labels() -> None:
 def test_output_rule() -> None:
     assert MeftArguments(output="sum:0.1").options().output == ("sum", 0.1)
     assert MeftArguments(output="mean").options().output == "mean"
-    with pytest.raises(ConfigError, match=r"output is 'sum:x'; it must be mean, newest, or sum:s with a number s."):
+    with pytest.raises(ConfigError, match=r"output='sum:x' is no output rule. .* \(sum:0.1 on a command line"):
         MeftArguments(output="sum:x").options()
 
 

@@ -130,10 +130,13 @@ def test_initial_weights(std: float) -> None:
     ("options", "text"),
     [
         ({"adapter_dropout": 1.0}, r"adapter_dropout=1\.0 is out of range. Valid: a probability from 0 up to"),
-        ({"adapter_dropout": "no"}, r"adapter_dropout='no' is out of range"),
+        (
+            {"adapter_dropout": "no"},
+            r"adapter_dropout='no' is a str\. Valid: a probability from 0 up to, but not, 1 or None",
+        ),
         ({"adapter_init_std": -1.0}, r"adapter_init_std=-1\.0 is out of range. Valid: a number from 0 up"),
         ({"adapter_init_std": float("nan")}, r"adapter_init_std=nan is out of range"),
-        ({"adapter_norm": "in"}, r"adapter_norm='in' is no choice. Valid: True or False"),
+        ({"adapter_norm": "in"}, r"adapter_norm='in' is a str\. Valid: True or False"),
     ],
 )
 def test_options_that_are_not_valid(options: dict[str, Any], text: str) -> None:

@@ -20,22 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meft.engine.replay import of_one_call
-from meft.errors import ConfigError, UnsupportedModelError
-
-INIT_STD = 0.02
-
-PLACES: dict[str, dict[str, str]] = {
-    "adapter": {"f": "feed_forward", "g": "layer"},
-    "meft1": {"f": "feed_forward", "g": "function"},
-    "meft2": {"f": "function", "g": "feed_forward"},
-    "meft3": {"f": "attention", "g": "feed_forward"},
-    "momentum": {"f": "feed_forward", "g": "layer"},
-}
-"""The adapters of each method, by the letter in their parameters' names, and their places.
-
-"feed_forward" is beside the feed-forward, "attention" behind the attention, "layer" behind the layer (behind its last
-block, where a coupling takes blocks), "function" a function of its own, which the other stream is added to.
-"""
+from meft.errors import UnsupportedModelError
+from meft.options import INIT_STD
 
 
 @dataclass(frozen=True)
@@ -67,22 +53,6 @@ class Bottleneck:
         else:
             narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
         return self.up(narrow).to(hidden.dtype)
-
-
-def check_places(places: Any, method: str) -> list[str]:
-    """Returns the places of a method's adapters in the order of its row.
-
-    Raises:
-        ConfigError: one of them is no place of the method's, stands there twice, or there is none.
-    """
-    valid = list(PLACES[method].values())
-    listed = list(places) if isinstance(places, list | tuple) else None
-    if not listed or sorted(set(listed) & set(valid)) != sorted(listed):
-        raise ConfigError(
-            f"adapter_places={places!r} does not go with coupling={method!r}. Valid: some or all of {valid}, each "
-            "once, or None for all of them."
-        )
-    return [place for place in valid if place in listed]
 
 
 def new_projections(hidden_size: int, bottleneck_dim: int, std: float = INIT_STD) -> tuple[nn.Linear, nn.Linear]:

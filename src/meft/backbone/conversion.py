@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.engine.couplings import OutputRule
 from meft.engine.sharding import refuse_sharded
 from meft.errors import ConfigError, MeftWarning
 from meft.loss import attach, detach, heads
+from meft.options import FUNCTION, checked, option_arguments, plan_options
 
 from .checkpointing import FLAG, inside, is_wrapped, warn_dropped
 from .discovery import Stack, check_module, find_stacks, post_norm, pretrained_of
@@ -28,28 +28,8 @@ from .recording import install_recording
 from .stack import ReversibleStack
 
 
-def make_reversible(
-    model: nn.Module,
-    coupling: str = "momentum",
-    *,
-    gamma: float | None = None,
-    lam: float | None = None,
-    beta: float | None = None,
-    output: OutputRule | None = None,
-    arithmetic: str = "exact",
-    backward: str = "reversible",
-    fraction_bits: int | str = "auto",
-    frozen_layers: int = 0,
-    cached_layers: int = 0,
-    drift_tolerance: float = 1e-2,
-    anchor_every: int | None = None,
-    stacks: Sequence[str] | None = None,
-    granularity: str = "layer",
-    tile_size: int | str | None = "auto",
-    fused_loss: bool = True,
-    sign: str = "fixed",
-    compensated: bool | None = None,
-) -> nn.Module:
+@option_arguments(FUNCTION, positional=("coupling",))
+def make_reversible(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Makes every layer stack of a model reversible, in place, without adding anything to train.
 
     Example:
@@ -60,63 +40,23 @@ def make_reversible(
 
     Args:
         model: a Transformers model, or one that PEFT has put adapters in. Only its layer stacks are replaced.
-        coupling: "momentum", "meft1", "meft2" or "meft3", without the adapters the latter have in `MeftConfig`.
-        gamma: factor of `momentum`; None for 1/32.
-        lam: factor of the first stream of the others; None for the coupling's own, which depends on whether the layers
-            end in a norm (docs/gamma.md).
-        beta: factor of their second stream; None for the coupling's own.
-        output: how the last streams are read; None for the coupling's own.
-        arithmetic: "exact" rebuilds activations bit for bit; "float" does not.
-        backward: "reversible" rebuilds activations; "cached" keeps them, the reference.
-        fraction_bits: binary places of exact streams: "auto" follows the hidden state that enters, 4 to 24 fixes them.
-        frozen_layers: lowest layers of each stack that run as they are; their parameters are set not to require
-            gradients until `restore`. They have no backward pass, unless something below or beside them is trained
-            (embeddings, prompts, an encoder), whose gradients pass through them.
-        cached_layers: highest layers of each stack that keep their activations.
-        drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
-        anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
-            not deterministic; the integrity check then warns past `drift_tolerance` instead of raising.
-        stacks: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all.
-        granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
-            them is rebuilt at a time (`momentum`, in families whose layers split).
-        tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
-            "auto" for a quarter of them from 1024 up, None for all.
-        fused_loss: take the cross-entropy of a language model in tiles, so that its logits never exist whole in
-            training (`meft.loss`).
-        sign: "random" draws the sign of gamma in training, for each sample in each step, so that on average the plain
-            model is trained; in evaluation the model is the plain one (`momentum`).
-        compensated: make up for the slower pace that gamma gives the newest stream (`momentum`); None for no.
+        options: those of the table (`meft.options`).
 
     Returns:
         The model that was passed in.
 
     Raises:
         ConfigError: an option is not valid, or the model is reversible already.
+        TypeError: there is no such option.
         UnsupportedModelError: the model has no layer stack, or one that the coupling cannot take.
     """
     check_module(model, "make_reversible")
-    options: dict[str, Any] = {
-        "coupling": coupling,
-        "lam": lam,
-        "beta": beta,
-        "gamma": gamma,
-        "output": output,
-        "arithmetic": arithmetic,
-        "backward": backward,
-        "fraction_bits": fraction_bits,
-        "frozen_layers": frozen_layers,
-        "cached_layers": cached_layers,
-        "drift_tolerance": drift_tolerance,
-        "anchor_every": anchor_every,
-        "granularity": granularity,
-        "tile_size": tile_size,
-        "sign": sign,
-        "compensated": compensated,
-    }
-    Plan.make(**options)
+    options = checked(FUNCTION, options)
+    planned = {name: options[name] for name in plan_options() if name in options}
+    Plan.make(**planned)
     refuse_sharded(model)
-    taken = find_stacks(model, stacks)
-    plan = Plan.make(**options, post_norm=post_norm(taken))
+    taken = find_stacks(model, options["stacks"])
+    plan = Plan.make(**planned, post_norm=post_norm(taken))
     for stack in taken:
         _refuse_reversible(stack, plan)
     reversible_stacks = [stack.reversible_stack(plan) for stack in taken]
@@ -130,7 +70,7 @@ def make_reversible(
         _freeze(stack, reversible_stack)
         for index, layer in enumerate(stack.layers):
             stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
-    if fused_loss:
+    if options["fused_loss"]:
         reversible_stacks[0].changes.extend(attach(model))
         reversible_stacks[0].heads.extend(heads(model))
     return model

@@ -23,6 +23,7 @@ from meft.errors import (
     OutputFolderError,
     UnsupportedModelError,
 )
+from meft.options import METHOD, options_of
 
 from .console import say
 
@@ -105,7 +106,10 @@ def export(
     export_command(source, output_dir, base_model_name_or_path=base_model_name_or_path, merge=merge, dtype=dtype)
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(
+    context_settings=_PASS_ON,
+    epilog=f"Options of the methods (docs/options.md): {', '.join(f'--{name}' for name in options_of(METHOD))}.",
+)
 def estimate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name on the hub, a model's folder, or a config.json.")],

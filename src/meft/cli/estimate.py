@@ -17,8 +17,10 @@ from meft.memory.estimation.recipes import RECIPES, read_recipe
 from meft.memory.estimation.report import WEIGHTS, BudgetError, MemoryEstimate
 from meft.memory.estimation.sizes import parse_size
 from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from meft.options import METHOD, options_of
 from meft.storage.files import write_json
 from meft.storage.results import format_bytes, now, versions
+from meft.training.parsing import option_parser
 
 ALL = "all"
 Failure = BudgetError | UnsupportedModelError
@@ -173,24 +175,18 @@ def _sum(report: MemoryEstimate, causes: Sequence[str]) -> int:
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
-    """The options of the method: `--name value` or `--name=value`."""
-    options: dict[str, Any] = {}
-    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--") or not rest:
-            raise ConfigError(f"{name!r} was not understood. Options of a method are given as --lora_rank 16.")
-        options[name.removeprefix("--")] = _value(rest.pop(0))
+    """The options of the method: `--name value` or `--name=value`, as `meft train` takes them."""
+    known = options_of(METHOD)
+    found, rest = option_parser("meft estimate", known.values()).parse_known_args(list(words))
+    if rest:
+        name = rest[0].split("=")[0]
+        if name.startswith("--"):
+            raise ConfigError(f"Unknown option {name[2:]!r}; the options of a method are {', '.join(known)}.")
+        raise ConfigError(f"{name!r} was not understood. Options of a method are given as --lora_rank 16.")
+    options = {name: known[name].read(value) for name, value in vars(found).items()}
+    for name, value in options.items():
+        known[name].check(value)
     return options
-
-
-def _value(word: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
 
 
 def _own(name: str, options: dict[str, Any], *, alone: bool) -> dict[str, Any]:

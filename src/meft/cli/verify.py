@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import nn
 
 from meft.backbone.conversion import make_reversible
-from meft.backbone.plan import check_choice, check_integer
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
@@ -23,6 +22,7 @@ from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.loading.models import load_adapter
 from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
+from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
 from meft.storage.results import hardware, now, versions
@@ -31,22 +31,7 @@ from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
 from meft.verification.batches import random_batch, text_batch
 
-_COUPLING_OPTIONS = (
-    "lam",
-    "beta",
-    "gamma",
-    "output",
-    "arithmetic",
-    "fraction_bits",
-    "frozen_layers",
-    "cached_layers",
-    "drift_tolerance",
-    "anchor_every",
-    "granularity",
-    "sign",
-    "compensated",
-    "tile_size",
-)
+_COUPLING_OPTIONS = tuple(name for name in options_of(FUNCTION) if name in options_of(METHOD))
 
 
 def _option(help_text: str, default: Any = None) -> Any:
@@ -150,10 +135,9 @@ def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | No
                 f"under is {under!r}, but method {method.method!r} brings its own coupling. Leave --under out, or give "
                 f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
             )
-        return apply_method(base, method.method, task_type=task_type, **_values(options))
-    coupling = {name: getattr(options, name) for name in _COUPLING_OPTIONS}
-    bare = replace(options, **{name: _default(name) for name in _COUPLING_OPTIONS})
-    model = apply_method(base, method.method, task_type=task_type, **_values(bare))
+        return apply_method(base, method.method, task_type=task_type, **options.given())
+    coupling, bare = _split(options)
+    model = apply_method(base, method.method, task_type=task_type, **bare)
     return _made_reversible(model, under, coupling)
 
 
@@ -179,25 +163,19 @@ def _from_adapter(
     model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
     if is_meft:
         return model, base, task_type
-    options = method.options()
-    return (
-        _made_reversible(model, arguments.under, {name: getattr(options, name) for name in _COUPLING_OPTIONS}),
-        base,
-        task_type,
-    )
+    coupling, _ = _split(method.options())
+    return _made_reversible(model, arguments.under, coupling), base, task_type
+
+
+def _split(options: MethodOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that were given: those of the coupling put under a method, and the method's own."""
+    given = options.given()
+    under = {name: value for name, value in given.items() if name in _COUPLING_OPTIONS}
+    return under, {name: value for name, value in given.items() if name not in _COUPLING_OPTIONS}
 
 
 def _made_reversible(model: nn.Module, coupling: str | None, options: dict[str, Any]) -> nn.Module:
-    given = {name: value for name, value in options.items() if value is not None}
-    return make_reversible(model, coupling=coupling or "momentum", **given)
-
-
-def _values(options: MethodOptions) -> dict[str, Any]:
-    return {name.name: getattr(options, name.name) for name in fields(options)}
-
-
-def _default(name: str) -> Any:
-    return getattr(MethodOptions(), name)
+    return make_reversible(model, coupling=coupling or "momentum", **options)
 
 
 def _device(name: str | None) -> torch.device:

@@ -47,6 +47,7 @@ networks, Sander et al. 2021 (arXiv 2102.07870); random signs, Zhang et al. 2024
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -319,7 +320,7 @@ def make_coupling(
         drawn: Literal["fixed", "random"] = "random" if sign == "random" else "fixed"
         if compensated is None:
             compensated = own.compensated and drawn == "fixed"
-        rule = output or ("weighted" if compensated else own.output)
+        rule = ("weighted" if compensated else own.output) if output is None else output
         steps: tuple[Step, ...] = (Step("F", 0, 1, gamma, difference=True, sign=drawn, compensated=compensated),)
         weights = output_weights(rule, gamma)
         if drawn == "random" and weights != (0, 1):
@@ -333,7 +334,7 @@ def make_coupling(
         steps = (*steps, replace(steps[0], function="G", target=1, source=0))
         return Coupling(name, steps, switch=False, newest=1, output=weights, splits=True, rule=rule)
     assert lam is not None and beta is not None
-    rule = output or own.output
+    rule = own.output if output is None else output
     steps = (Step("F", 0, 1, lam), Step("G", 1, 0, beta))
     # The pretrained layer's output is y1 in meft1 and y2 in meft2 and meft3; meft1 and meft2 switch.
     newest: Literal[0, 1] = 0 if name == "meft2" else 1
@@ -366,17 +367,28 @@ def _check_compensated(compensated: bool | None, name: str, sign: str) -> None:
 
 
 def output_weights(rule: OutputRule, gamma: float | None) -> tuple[float, float]:
-    """Turns an output rule into the weights (older, newest)."""
-    if rule == "mean":
-        return 0.5, 0.5
-    if rule == "newest":
-        return 0.0, 1.0
-    if rule == "weighted" and gamma is not None:
-        return gamma / (1 + gamma), 1 / (1 + gamma)
-    if not isinstance(rule, str) and len(rule) == 2 and rule[0] == "sum" and isinstance(rule[1], int | float):
-        return float(rule[1]), 1.0
+    """Turns an output rule into the weights (older, newest).
+
+    Args:
+        rule: as `make_coupling` takes it.
+        gamma: momentum's; None for couplings without it, which have no "weighted".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(rule, str):
+        if rule == "mean":
+            return 0.5, 0.5
+        if rule == "newest":
+            return 0.0, 1.0
+        if rule == "weighted" and gamma is not None:
+            return gamma / (1 + gamma), 1 / (1 + gamma)
+    elif isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str) and rule[0] == "sum":
+        share = rule[1]
+        if isinstance(share, int | float) and not isinstance(share, bool) and abs(share) < math.inf:
+            return float(share), 1.0
     weighted = "" if gamma is None else '"weighted" for (newest + gamma * older) / (1 + gamma), '
     raise ConfigError(
-        f'output={rule!r} is no output rule. Valid: "mean", "newest", {weighted}("sum", s) with s a number, for '
-        "newest + s * older, or None for the coupling's own. Choose one of these."
+        f'output={rule!r:.80} is no output rule. Valid: "mean", "newest", {weighted}("sum", s) with s a number, for '
+        "newest + s * older (sum:0.1 on a command line), or None for the coupling's own. Choose one of these."
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import peft
 from torch import nn
 from transformers import PreTrainedModel
 
 from meft.errors import ConfigError
+from meft.options import CONFIG, METHOD, UNSET, WithOptions, option_dataclass, options_of, refuse_beside
 from meft.tuner.config import MeftConfig
 
 from .baselines import ia3_config, linear_layers_pattern, train_biases
@@ -19,74 +19,35 @@ COUPLED_METHODS = ("meft1", "meft2", "meft3", "momentum")
 PLAIN_METHODS = ("full", "lora", "ia3", "bitfit")
 METHODS = (*PLAIN_METHODS, "adapter", *COUPLED_METHODS)
 
-# Options that mean something to some methods only. One that is set for another method is refused rather than
-# silently dropped: the run would not be the run that its arguments describe.
-_APPLIES_TO: dict[str, tuple[str, ...]] = {
-    "arithmetic": COUPLED_METHODS,
-    "backward": COUPLED_METHODS,
-    "fraction_bits": COUPLED_METHODS,
-    "drift_tolerance": COUPLED_METHODS,
-    "output": COUPLED_METHODS,
-    "cached_layers": COUPLED_METHODS,
-    "anchor_every": COUPLED_METHODS,
-    "lam": ("meft1", "meft2", "meft3"),
-    "beta": ("meft1", "meft2", "meft3"),
-    "gamma": ("momentum",),
-    "granularity": ("momentum",),
-    "sign": ("momentum",),
-    "compensated": ("momentum",),
-    "adapter_places": ("adapter", *COUPLED_METHODS),
-    "adapter_init_std": ("adapter", *COUPLED_METHODS),
-    "tile_size": ("meft3", "momentum"),
-    "frozen_layers": ("adapter", *COUPLED_METHODS),
-    "stacks": ("adapter", *COUPLED_METHODS),
-    "feedforward_module": ("adapter", *COUPLED_METHODS),
-}
 
+@option_dataclass(options_of(METHOD).values(), lambda option: option.left_out, frozen=True)
+class MethodOptions(WithOptions):
+    """The options of every method. One that is left out is the method's own.
 
-@dataclass(frozen=True)
-class MethodOptions:
-    """The options of every method; `None` leaves a choice to the method.
-
-    The sizes (`bottleneck_dim` and those of LoRA) are read by the methods that have them, so that one set of
-    options serves a comparison. Every other option may only be set for a method that it means something to.
+    The sizes (`bottleneck_dim` and those of LoRA) are read by the methods that have them, so that one set of options
+    serves a comparison. Every other option may only be set for a method that it means something to: one that is set
+    for another method is refused rather than dropped, since the run would not be the one that its arguments describe.
 
     Attributes:
-        bottleneck_dim: Width of the bottleneck adapters (`adapter`, `meft1`..`meft3`, `momentum`).
-        lora_rank: Rank of the LoRA updates.
-        lora_alpha: LoRA scales its update by `lora_alpha / lora_rank`.
-        lora_dropout: Dropout probability on the input of the LoRA updates.
-        lam, beta, gamma, output, arithmetic, backward, fraction_bits, frozen_layers, cached_layers,
-            drift_tolerance, anchor_every, granularity, sign, compensated, adapter_places, adapter_init_std,
-            tile_size, stacks, feedforward_module: As in `MeftConfig`.
-        modules_to_save: Names of modules trained in full and saved beside the adapter. `None`: the task head.
-            `bitfit` trains them besides the biases; what it saves is the whole model in any case.
+        options: those of the table (`meft.options`).
+
+    Raises:
+        ConfigError: a value is not valid by itself.
     """
 
-    bottleneck_dim: int = 8
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    lam: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
-    output: str | tuple[str, float] | None = None
-    arithmetic: Literal["exact", "float"] | None = None
-    backward: Literal["reversible", "cached"] | None = None
-    fraction_bits: int | None = None
-    frozen_layers: int = 0
-    cached_layers: int = 0
-    drift_tolerance: float | None = None
-    anchor_every: int | None = None
-    granularity: Literal["layer", "block"] | None = None
-    sign: Literal["fixed", "random"] | None = None
-    compensated: bool | None = None
-    adapter_places: tuple[str, ...] | None = None
-    adapter_init_std: float | None = None
-    tile_size: int | None = None
-    stacks: tuple[str, ...] | None = None
-    feedforward_module: str | None = None
-    modules_to_save: tuple[str, ...] | None = None
+    def __post_init__(self) -> None:
+        for name, option in options_of(METHOD).items():
+            value = getattr(self, name)
+            if value is None and option.none is None:
+                object.__setattr__(self, name, option.left_out)
+            elif value is not UNSET:
+                option.check(value)
+                kept = option.normal(value)
+                object.__setattr__(self, name, tuple(kept) if isinstance(kept, list) else kept)
+
+    def given(self) -> dict[str, Any]:
+        """The options that were not left out, by name."""
+        return {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not UNSET}
 
 
 def check_method(method: str, options: MethodOptions) -> None:
@@ -97,14 +58,7 @@ def check_method(method: str, options: MethodOptions) -> None:
     """
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    defaults = {field.name: field.default for field in fields(MethodOptions)}
-    for name, methods in _APPLIES_TO.items():
-        value = getattr(options, name)
-        if value != defaults[name] and method not in methods:
-            raise ConfigError(
-                f"{name} is {value!r}, but method {method!r} has no such option; it belongs to "
-                f"{', '.join(methods)}. Leave {name} out or choose one of those methods."
-            )
+    refuse_beside(method, vars(options))
     if method == "full" and options.modules_to_save is not None:
         raise ConfigError(
             f"modules_to_save is {options.modules_to_save!r}, but method 'full' trains and saves every module. "
@@ -136,7 +90,7 @@ def apply_method(model: PreTrainedModel, method: str, *, task_type: str | None, 
         ConfigError: The method or an option is unknown, or the option does not belong to the method.
         UnsupportedModelError: The model has no stack of transformer layers, or lacks what the method trains.
     """
-    known = [field.name for field in fields(MethodOptions)]
+    known = list(options_of(METHOD))
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"Unknown option {unknown[0]!r}; the options of a method are {', '.join(known)}.")
@@ -168,16 +122,8 @@ def _peft_config(model: nn.Module, method: str, task_type: str | None, options: 
 
 
 def _meft_config(method: str, task_type: str | None, options: MethodOptions) -> MeftConfig:
-    values: dict[str, Any] = {
-        "task_type": task_type,
-        "coupling": method,
-        "bottleneck_dim": options.bottleneck_dim,
-    }
-    values |= {name: value for name in _APPLIES_TO if (value := getattr(options, name)) is not None}
-    for name in ("stacks", "adapter_places"):
-        if name in values:
-            values[name] = list(values[name])
-    return MeftConfig(modules_to_save=_as_list(options.modules_to_save), **values)
+    values = {name: value for name, value in options.given().items() if name in options_of(CONFIG)}
+    return MeftConfig(task_type=task_type, coupling=method, **values)
 
 
 def _lora_config(model: nn.Module, task_type: str | None, options: MethodOptions) -> peft.LoraConfig:

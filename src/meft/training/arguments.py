@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError
 from meft.loading.arguments import option
-from meft.methods.registry import MethodOptions
+from meft.methods.registry import METHODS, MethodOptions
+from meft.options import METHOD, UNSET, Option, WithOptions, option_dataclass, options_of
 
 from .data.files import FileOptions
 from .parsing import as_words, parse, read_mapping
@@ -109,62 +110,33 @@ class DataArguments:
                 raise ConfigError(f"{name} is {value}; it must be at least 1. Leave it out for no limit.")
 
 
-@dataclass
-class MeftArguments:
-    """How to fine-tune."""
+def _left_out(entry: Option) -> Any:
+    return None if entry.left_out is UNSET else entry.left_out
 
-    _argument_group_name = "method"
 
-    method: str = option("full, lora, ia3, bitfit, adapter, meft1, meft2, meft3 or momentum.", "meft1")
-    bottleneck_dim: int = option("Width of the bottleneck adapters.", 8)
-    lora_rank: int = option("Rank of LoRA's updates.", 8)
-    lora_alpha: int = option("LoRA scales its update by lora_alpha / lora_rank.", 16)
-    lora_dropout: float = option("Dropout on the input of LoRA's updates.", 0.0)
-    lam: float | None = option("Factor of the first stream (meft1, meft2, meft3). Left out: the method's own.")
-    beta: float | None = option("Factor of the second stream (meft1, meft2, meft3). Left out: the method's own.")
-    gamma: float | None = option("Factor of the momentum (momentum). Left out: 1/32.")
-    output: str | None = option(
-        "What leaves the layers: mean, newest, weighted (momentum), or sum:0.1. Left out: the method's own."
-    )
-    arithmetic: Literal["exact", "float"] | None = option("exact rebuilds activations bit for bit; float drifts.")
-    backward: Literal["reversible", "cached"] | None = option("cached keeps the activations: for comparison.")
-    fraction_bits: int | None = option("Precision of the exact arithmetic: its step is 2 to the minus this.")
-    frozen_layers: int = option("This many of the lowest layers are left as they are, without adapters.", 0)
-    cached_layers: int = option("This many of the last layers keep their activations.", 0)
-    drift_tolerance: float | None = option("Float arithmetic warns past this relative error of a rebuilt input.")
-    anchor_every: int | None = option("Keep the streams every so many layers, for kernels that do not repeat.")
-    granularity: Literal["layer", "block"] | None = option(
-        "block couples attention and feed-forward in turn (momentum)."
-    )
-    sign: Literal["fixed", "random"] | None = option(
-        "random draws the sign of gamma in training, for the plain model's sake (momentum). Left out: fixed."
-    )
-    compensated: bool | None = option("Make up for the pace that gamma takes from the newest stream (momentum).")
-    adapter_places: list[str] | None = field(
-        default=None, metadata={"help": "Places of the adapters: feed_forward, layer. Left out: all of the method's."}
-    )
-    adapter_init_std: float | None = option(
-        "Standard deviation that the adapters' up-projections start with. Left out: 0.02 on layers that end in a norm, "
-        "0 on others."
-    )
-    tile_size: int | None = option(
-        "Tokens to a feed-forward block at once (meft3, momentum by blocks). Left out: auto."
-    )
-    stacks: list[str] | None = field(
-        default=None, metadata={"help": "Layer stacks to take, or modules they lie in: vision_tower. Left out: all."}
-    )
-    feedforward_module: str | None = option("A layer's feed-forward, where it is not known: mlp, say.")
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved beside the adapter and the task head."}
-    )
+@option_dataclass(options_of(METHOD).values(), _left_out, own_first=True)
+class MeftArguments(WithOptions):
+    """How to fine-tune: a method and its options, as JSON has them.
+
+    None is an option that was left out, the word "none" an option that is None.
+    """
+
+    _argument_group_name: ClassVar[str] = "method"
+
+    method: str = option(f"{', '.join(METHODS[:-1])} or {METHODS[-1]}.", "meft1")
+
+    def __post_init__(self) -> None:
+        for name, entry in options_of(METHOD).items():
+            value = getattr(self, name)
+            if value is not None:
+                value = entry.read(value)
+                entry.check(value)
+                setattr(self, name, entry.write(value))
 
     def options(self) -> MethodOptions:
         """The same as `meft.methods.registry` takes them."""
-        values = {name.name: getattr(self, name.name) for name in fields(MethodOptions)}
-        values["output"] = _parse_output(self.output)
-        for name in ("modules_to_save", "stacks", "adapter_places"):
-            values[name] = tuple(values[name]) if values[name] else None
-        return MethodOptions(**values)
+        given = {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not None}
+        return MethodOptions(**{name: options_of(METHOD)[name].read(value) for name, value in given.items()})
 
 
 @dataclass
@@ -224,12 +196,3 @@ def flat(*groups: Any) -> dict[str, Any]:
         found |= group.to_dict() if isinstance(group, TrainerArguments) else asdict(group)
     plain = (bool, int, float, list, dict, type(None))
     return {name: value if isinstance(value, plain) else str(value) for name, value in found.items()}
-
-
-def _parse_output(value: str | None) -> str | tuple[str, float] | None:
-    if value is None or not value.startswith("sum"):
-        return value
-    try:
-        return "sum", float(value.removeprefix("sum").lstrip(":= "))
-    except ValueError:
-        raise ConfigError(f"output is {value!r}; it must be mean, newest, or sum:s with a number s.") from None

@@ -36,8 +36,8 @@ from meft.loading.folders import (
     load_base,
     load_model,
 )
+from meft.options import ADAPTER_ONLY
 from meft.storage.files import publish_folder, read_json, staged, write_json, write_text
-from meft.tuner.config import ADAPTER_ONLY
 from meft.tuner.peft_type import MEFT
 
 logger = logging.get_logger(__name__)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from meft.errors import ConfigError
+from meft.options import Option
+from meft.options.values import Flag
 
 _BOOL = "tag:yaml.org,2002:bool"
 # Every --long_name may also be written --long-name, which argparse adds to its messages.
@@ -34,13 +36,57 @@ class _Help(ArgumentDefaultsHelpFormatter):
         return next(name for name in action.option_strings if name.startswith("--")) + choices
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        # The options of the table say their defaults in words.
+        said = " Left out: " in (action.help or "")
+        return action.help if action.default is None or said else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: Field[Any]) -> None:
+        option = field.metadata.get("option")
+        if option is None:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+        else:
+            add_option(parser, option, field.default)
+
     def error(self, message: str) -> NoReturn:
-        message = _ALIAS.sub("", message)
-        raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
+        raise _refused(message, self.prog)
+
+
+class _OptionParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _refused(message, self.prog)
+
+
+def _refused(message: str, command: str) -> ConfigError:
+    message = _ALIAS.sub("", message)
+    return ConfigError(f"{message[0].upper()}{message[1:]}. See {command} --help.")
+
+
+def option_parser(command: str, options: Iterable[Option]) -> ArgumentParser:
+    """A parser of options of the table alone; it finds those that are given, as words."""
+    parser = _OptionParser(prog=command, allow_abbrev=False, add_help=False)
+    for option in options:
+        add_option(parser, option, SUPPRESS)
+    return parser
+
+
+def add_option(parser: Any, option: Option, default: Any = None) -> None:
+    """Adds an option of the table to a parser or a group of one, under its name with underscores and with hyphens.
+
+    A word that stands for no value of the option is kept as it is, for the option's own check to refuse.
+    """
+    names = list(dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}")))
+    kind: dict[str, Any] = {"default": default, "help": option.help_text().replace("%", "%%")}
+    if isinstance(option.kind, Flag):
+        parser.add_argument(*names, type=option.read, nargs="?", const=True, **kind)
+        off = list(dict.fromkeys((f"--no_{option.name}", f"--no-{option.name.replace('_', '-')}")))
+        parser.add_argument(*off, dest=option.name, action="store_false", default=default, help=SUPPRESS)
+    elif option.kind.several:
+        parser.add_argument(*names, nargs="+", **kind)
+    else:
+        parser.add_argument(*names, type=str, **kind)
 
 
 @cache
@@ -112,14 +158,21 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
 
 def as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> list[str]:
-    known = {name.name for kind in types for name in fields(kind) if name.init}
+    known = {name.name: name.metadata.get("option") for kind in types for name in fields(kind) if name.init}
     words: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        option = known.get(name)
+        off = known.get(name.removeprefix("no_"))
+        if name not in known and off is not None and isinstance(off.kind, Flag):
+            read = off.read(str(value))
+            name, option, value = off.name, off, (not read) if isinstance(read, bool) else value
         if name not in known:
             raise ConfigError(f"{source} has the unknown key {key!r}.{_suggestion(name, types)}")
         if value is None:
             continue
+        if option is not None and not option.kind.several:
+            value = option.write(value)
         if isinstance(value, (list, tuple)):
             words += [f"--{name}", *map(str, value)] if value else []
         else:

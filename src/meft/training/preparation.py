@@ -16,6 +16,7 @@ from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
 from meft.loading.folders import is_adapter
 from meft.methods.registry import apply_method
+from meft.options import UNSET
 from meft.storage.files import read_json
 
 from .arguments import DataArguments, MeftArguments
@@ -104,7 +105,7 @@ def prepare_training(
     encoded = kind.encode(data, processor, base, data_arguments, say)
     check_labelled(encoded.unlabelled)
     options = vars(meft_arguments.options())
-    options |= {name: value for name, value in (settings or {}).items() if options[name] is None}
+    options |= {name: value for name, value in (settings or {}).items() if options[name] in (None, UNSET)}
     if meft_arguments.method != "full":
         heads = kind.heads(base, new_modules)
         options["modules_to_save"] = tuple(dict.fromkeys((*(options["modules_to_save"] or ()), *heads))) or None

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from meft.backbone.adapters import PLACES
 from meft.errors import BusyFolderError, OutputFolderError
+from meft.options import PLACES
 from meft.storage.files import read_json, write_json
 from meft.storage.results import now
 from meft.tuner.config import SETTINGS, MeftConfig, saved_before

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils import logging
 
-from meft.backbone.adapters import PLACES, Bottleneck, new_projections
+from meft.backbone.adapters import Bottleneck, new_projections
 from meft.backbone.architectures import feed_forward_of
 from meft.backbone.checkpointing import inside, is_wrapped, warn_dropped
 from meft.backbone.compilation import is_compiled
@@ -31,8 +31,9 @@ from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.sharding import refuse_sharded
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
 from meft.loss import attach, detach, heads
+from meft.options import ADAPTER_ONLY, PLACES
 
-from .config import ADAPTER_ONLY, MeftConfig
+from .config import MeftConfig
 from .peft_type import MEFT
 
 logger = logging.get_logger(__name__)

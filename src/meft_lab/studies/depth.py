@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft.backbone.plan import check_integer
 from meft.errors import StreamOverflowError
 from meft.memory.estimation.recipes import read_recipe
+from meft.options import check_integer
 
 from . import figures
 from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option

@@ -19,11 +19,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from meft.backbone.plan import check_integer
 from meft.errors import UnsupportedModelError
 from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
 from meft.memory.estimation.recipes import read_recipe
+from meft.options import check_integer
 
 from . import figures
 from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option

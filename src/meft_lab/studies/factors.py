@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from meft.backbone.plan import check_choice
 from meft.engine.couplings import COUPLINGS, make_coupling
 from meft.errors import ConfigError
+from meft.options import check_choice
 from meft.tuner.config import MeftConfig
 
 from . import figures
@@ -76,7 +76,7 @@ def rows(request: Request) -> list[Row]:
         words = ["--method", coupling]
         for name, value in factors.items():
             words += [f"--{name}", repr(value)]
-        MeftConfig(coupling=coupling, **factors)  # type: ignore[arg-type]  # refused now, not after other cells
+        MeftConfig(coupling=coupling, **factors)  # refused now, not after other cells
         label = f"{coupling}, " + ", ".join(f"{name} {value:g}" for name, value in factors.items())
         cells = [_stability_cell(request, label, tuple(words))]
         scored = coupling in (grid.scored or grid.couplings)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from meft.backbone.plan import check_choice, check_integer
 from meft.engine.couplings import COUPLINGS
 from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import apply_method
+from meft.options import check_choice, check_integer
 from meft.verification.batches import random_batch, text_batch
 
 from . import figures

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from meft.backbone.adapters import INIT_STD
-from meft.backbone.plan import check_choice
 from meft.errors import ConfigError
 from meft.methods.registry import COUPLED_METHODS
+from meft.options import INIT_STD, check_choice
 
 from . import figures
 from .base import Column, Found, Request, Row, Study

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meft.backbone.plan import check_choice, check_integer
 from meft.methods.registry import METHODS
+from meft.options import check_choice, check_integer
 
 from . import figures
 from .base import Column, Found, Request, Row, Study, option

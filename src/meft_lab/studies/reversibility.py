@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from meft.backbone.plan import check_choice, check_integer
 from meft.errors import ConfigError
 from meft.methods.registry import COUPLED_METHODS
+from meft.options import check_choice, check_integer
 
 from . import figures
 from .base import Column, Found, Request, Row, Study, option

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
-from meft.backbone.plan import check_choice, check_integer
+from meft.options import check_choice, check_integer
 
 from .blueprint import read_blueprint
 from .estimator import Estimator

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from meft.backbone.conversion import layer_drop_unsaid, make_reversible
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.methods.registry import COUPLED_METHODS, METHODS, PLAIN_METHODS, MethodOptions, apply_method, check_method
+from meft.options import FUNCTION, METHOD, options_of
 
 from .blueprint import IMAGES
 from .fake import offloaded
@@ -35,7 +35,7 @@ RECIPES = (
     "momentum",
 )
 """What `--method all` compares."""
-_COUPLING_OPTIONS = frozenset(inspect.signature(make_reversible).parameters) - {"model", "coupling"}
+_COUPLING_OPTIONS = frozenset(options_of(FUNCTION)) - {"coupling"}
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,10 @@ class Recipe:
 
     def own_options(self) -> dict[str, Any]:
         """Those of the options that mean something to this way to train."""
-        known = {field.name for field in fields(MethodOptions)}
         return {
             name: value
             for name, value in self.options.items()
-            if (self.coupled if name not in known else _takes(self.method, name, value))
+            if _takes(self.method, name, value)
             or (self.extra in COUPLINGS and name in _COUPLING_OPTIONS and _takes(self.extra, name, value))
         }
 
@@ -164,13 +163,19 @@ def read_recipe(method: str, options: Mapping[str, Any]) -> Recipe:
         raise ConfigError(
             f"method is {method!r}, but the adapters of meft are coupled by their own method. Give {extra!r} instead."
         )
-    unknown = sorted(set(options) - {field.name for field in fields(MethodOptions)} - _COUPLING_OPTIONS)
+    known = options_of(METHOD)
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ConfigError(
-            f"Unknown option {unknown[0]!r}; the options of a method are "
-            f"{', '.join(field.name for field in fields(MethodOptions))}."
-        )
-    return Recipe(base, extra or None, {name: value for name, value in options.items() if value is not None})
+        raise ConfigError(f"Unknown option {unknown[0]!r}; the options of a method are {', '.join(known)}.")
+    # None is a value where it is not the default, as that of tile_size; elsewhere it leaves an option out.
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None or (known[name].none is not None and known[name].default is not None)
+    }
+    for name, value in given.items():
+        known[name].check(value)
+    return Recipe(base, extra or None, given)
 
 
 def _takes(method: str, name: str, value: Any) -> bool:
