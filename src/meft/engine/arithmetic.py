@@ -259,18 +259,18 @@ class FixedPoint:
                 f"{held} The model itself overflows its dtype, or diverges: lower the learning rate, or use bfloat16 "
                 "or float32."
             )
-        if not self.automatic:
-            held += ' fraction_bits="auto" follows the model.'
         grown = f" (up to {expected:.3g} is expected in the layers above)" if expected > magnitude else ""
-        # Streams of 32 bits: a fixed grid has no others where there is a backward pass. `reach` knows what is halved.
+        # Streams of 32 bits: a fixed grid has no others in training. `reach` knows what is halved.
         held_by_one = reach * self.steps_per_unit if isinstance(self.steps_per_unit, float) else 2.0**30
         bits = min(math.ceil(math.log2(held_by_one / expected)) - 1, MAX_FRACTION_BITS)
-        if bits < MIN_FRACTION_BITS:
-            return (
-                f"{held} No fraction_bits from {MIN_FRACTION_BITS} would fit{grown}: use smaller factors, "
-                'coupling="momentum", fewer coupled layers, or arithmetic="float".'
-            )
-        return f"{held} fraction_bits={bits} would fit{grown}; smaller factors keep hidden states smaller."
+        if not self.automatic:
+            held += ' fraction_bits="auto", the default, follows the model.'
+        if bits >= MIN_FRACTION_BITS:
+            return f"{held} fraction_bits={bits} would fit{grown}. Smaller factors keep hidden states smaller."
+        return (
+            f"{held} No fraction_bits from {MIN_FRACTION_BITS} would fit{grown}: use smaller factors, "
+            'coupling="momentum", fewer coupled layers, or arithmetic="float".'
+        )
 
     def _quantise(self, values: Tensor) -> Tensor:
         return self._units(values).round_().to(self.dtype)

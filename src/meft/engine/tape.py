@@ -388,7 +388,8 @@ def _expected(peaks: dict[int, float], first: int) -> float:
     """
     low, high = max(first - 5, 0), first - 1
     if high <= low or not 0 < peaks[low] < peaks[high]:
-        return peaks[first]
+        # Nothing is known of what comes: half as much again leaves layers of a pretrained model room.
+        return peaks[first] * 1.5 if first < max(peaks) else peaks[first]
     growth = math.log(peaks[high] / peaks[low]) / (high - low)
     return peaks[first] * math.exp(min(growth * (max(peaks) - first), 700.0))
 
