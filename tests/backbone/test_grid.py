@@ -85,7 +85,7 @@ def test_gradients_are_those_of_float_streams_at_every_scale(gamma: float, scale
 
 def test_a_fixed_grid_that_overflows_names_one_that_does_not() -> None:
     model = meft.make_reversible(outlier_model(outlier=2e6).train(), fraction_bits=16)
-    with pytest.raises(StreamOverflowError, match=r'fraction_bits="auto" follows the model') as caught:
+    with pytest.raises(StreamOverflowError, match=r'fraction_bits="auto", the default, follows the model') as caught:
         gradients(model)
     bits = int(str(caught.value).partition(" would fit")[0].rpartition("=")[2])
     for options in ({"fraction_bits": bits}, {}):

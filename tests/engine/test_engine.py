@@ -159,7 +159,7 @@ class Graph:
         ("meft1", EXACT, 4),
         ("meft2", EXACT, 4),
         ("meft3", EXACT, 8),
-        ("momentum", EXACT, 5),
+        ("momentum", EXACT, 2),
         ("meft3", FloatArithmetic(), 0),
         ("momentum", FloatArithmetic(), 0),
     ],

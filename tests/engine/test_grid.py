@@ -78,3 +78,44 @@ def test_bits_that_do_not_fit_are_not_rounded_twice() -> None:
     arithmetic = fitted(hidden)
     large = hidden * 2.0**18
     assert torch.equal(arithmetic.decode(arithmetic.encode(large), torch.float32), large)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_that_is_not_finite_does_not_move_the_grid_of_the_others(dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).to(dtype) / 100
+    spoiled = hidden.clone()
+    spoiled[0, 0, 0], spoiled[1, 2, 3] = math.inf, math.nan
+    grids = [AutomaticGrid().fitted(x, training=False, by_token=True) for x in (hidden, spoiled)]
+    assert abs(int(grids[0].fraction_bits) - int(grids[1].fraction_bits)) <= 1
+    assert torch.equal(torch.as_tensor(grids[0].fraction_bits), torch.as_tensor(fitted(hidden).fraction_bits))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (0, 5, 16), (1, 1, 4), (7,), (2, 300_000)])
+@pytest.mark.parametrize("divisor", [1, 10, 16])
+def test_magnitudes_of_tokens_are_those_of_the_streams(shape: tuple[int, ...], divisor: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, value = (torch.randn(shape, generator=generator) for _ in range(2))
+    whole = AutomaticGrid().fitted(hidden, training=True)
+    single = AutomaticGrid().fitted(hidden, training=False, by_token=True)
+    one, other = (grid.couple(grid.encode(hidden), value, 1 / divisor) for grid in (whole, single))
+    assert torch.equal(one.stream, other.stream) and one.magnitude is not None and other.magnitude is not None
+    if hidden.numel():
+        tokens = single.decode(other.stream, torch.float32).abs().amax(-1, keepdim=True)
+        torch.testing.assert_close(other.magnitude, tokens)
+        assert torch.equal(other.magnitude.amax(), one.magnitude)
+
+
+def test_the_number_advised_is_one_that_can_be_set() -> None:
+    tiny = AutomaticGrid().fitted(torch.full((2, 4), 1e-6), training=True)
+    assert "fraction_bits=24 would fit" in tiny.overflow_advice(0.5, 0.5, 0.25)
+    assert "the default" not in tiny.overflow_advice(0.5, 0.5, 0.25)
+    huge = FixedPoint(16).overflow_advice(1e10, 1e10, 32768)
+    assert 'fraction_bits="auto", the default, follows the model. No fraction_bits from 4 would fit' in huge
+
+
+@pytest.mark.parametrize("exponent", [-150, -127, -86, 0, 86, 126])
+def test_steps_are_powers_of_two_with_exact_inverses(exponent: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        arithmetic = fitted(torch.full((1, 4), 2.0**exponent, dtype=torch.float64).to(dtype))
+        step, inverse = (float(torch.as_tensor(x)) for x in (arithmetic.step, arithmetic.steps_per_unit))
+        assert math.frexp(step)[0] == 0.5 and step * inverse == 1 and math.isfinite(float(arithmetic.limit))
