@@ -212,8 +212,16 @@ class Tape:
         output.data.mul_(torch.where((largest < self.reach).all(), 1.0, math.nan))
         return output
 
-    def check_magnitudes(self, flags: Sequence[Tensor] = ()) -> list[bool]:
-        """Looks at every layer's largest magnitude at once, and at other flags with them: one synchronisation.
+    def check_magnitudes(self) -> None:
+        """Looks at every layer's largest magnitude at once.
+
+        Raises:
+            StreamOverflowError: one of them is too large or not finite.
+        """
+        self._look([])
+
+    def _look(self, flags: Sequence[Tensor]) -> list[bool]:
+        """Looks at the magnitudes and at other flags in one synchronisation.
 
         Returns:
             The flags.
@@ -356,7 +364,7 @@ class Tape:
             if meeting is not None:
                 flags.append((meeting[0] != meeting[1]).any())
             differences, self.differences = self.differences, []
-            outcome = self.check_magnitudes(flags)
+            outcome = self._look(flags)
             for differs, (level, _, cause) in zip(outcome, differences, strict=False):
                 if differs:
                     raise ReconstructionError(_difference_message(self, self.layer_of(level), cause()))
