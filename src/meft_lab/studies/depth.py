@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft.errors import StreamOverflowError
 from meft.memory.estimation.recipes import read_recipe
 from meft.options import check_integer
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 VOCABULARY, HEADS = 256, 4
 REFERENCE = "full"
-# Tried in turn: 16 is meft's own, and holds magnitudes below 32768; 12 half a million, 8 eight millions.
-FRACTION_BITS = (16, 12, 8, 4)
 
 
 @dataclass
@@ -73,26 +70,14 @@ def rows(request: Request) -> list[Row]:
 
 
 def _measure(grid: Grid, seed: int, depth: int, method: str, tick: Tick) -> Found:
-    """Hidden states of deep pre-norm stacks outgrow the streams' range; then a coarser grid is taken, and said."""
-    *finer, coarsest = FRACTION_BITS
-    for bits in finer:
-        try:
-            return _measure_at(grid, seed, depth, method, tick, bits)
-        except StreamOverflowError:
-            continue
-    return _measure_at(grid, seed, depth, method, tick, coarsest)
-
-
-def _measure_at(grid: Grid, seed: int, depth: int, method: str, tick: Tick, bits: int) -> Found:
     batch = _batch(grid, seed)
     coupled = read_recipe(method, {}).coupled
-    own: dict[str, Any] = {"fraction_bits": bits} if coupled and bits != FRACTION_BITS[0] else {}
     reference = None if method == REFERENCE else lambda: _trainable(grid, seed, depth, REFERENCE)
-    found = step_costs(_trainable(grid, seed, depth, method, **own), batch, reference, grid.rounds) | own
+    found = step_costs(_trainable(grid, seed, depth, method), batch, reference, grid.rounds)
     tick(0.5)
     if not coupled:
         return found
-    exact = verified(_trainable(grid, seed, depth, method, **own), batch)
+    exact = verified(_trainable(grid, seed, depth, method), batch)
     tick(0.75)
     drifted = verified(_trainable(grid, seed, depth, method, arithmetic="float"), batch)
     return {
@@ -183,7 +168,6 @@ STUDY = Study(
         Column("peak of activations", "activation_bytes", size),
         Column("time / full", "time_ratio", ratio),
         Column("exact: streams bit-equal", "bitwise", yes_no),
-        Column("fraction bits, where 16 overflow", "fraction_bits", str),
         Column("exact: error of gradients", "gradient_error", number),
         Column("float: error of streams", "float_reconstruction_error", number),
         Column("float: error of gradients", "float_gradient_error", number),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meft.errors import ConfigError, StreamOverflowError
+from meft.errors import ConfigError
 from meft.methods.registry import apply_method
 from meft.training.checkpoints import CheckpointingTrainer
-from meft_lab.studies import STUDIES, depth, factors, figures, report, runner
+from meft_lab.studies import STUDIES, factors, figures, report, runner
 from meft_lab.studies.base import StudyArguments
 from meft_lab.studies.encoder_decoder import Grid as EncoderDecoderGrid
 from meft_lab.studies.encoder_decoder import _base, _batch
@@ -242,20 +242,3 @@ def test_the_studies_are_listed_each_in_a_sentence(capsys: pytest.CaptureFixture
         study_command(["depth", "--help"], command="meft study depth --help")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and "--depths" in shown and "--output_dir" in shown
-
-
-def test_a_stack_that_outgrows_its_streams_is_measured_on_a_coarser_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, tried = depth.Grid(width=8, batch_size=1, seq_length=4, rounds=1), []
-    real = depth._measure_at
-
-    def overflow(*arguments: Any) -> Any:
-        tried.append(arguments[-1])
-        if arguments[-1] > 8:
-            raise StreamOverflowError("too large")
-        return real(*arguments)
-
-    monkeypatch.setattr(depth, "_measure_at", overflow)
-    found = depth._measure(grid, 0, 1, "meft1", lambda _: None)
-    assert tried == [16, 12, 8]
-    assert found["fraction_bits"] == 8 and found["bitwise"]
-    assert "fraction_bits" not in real(grid, 0, 1, "meft1", lambda _: None, 16)
