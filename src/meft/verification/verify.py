@@ -47,7 +47,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, deploy: bool = False) 
 
     The model is run as in training, with its dropout and under the surrounding autocast, and is left as it was found:
     gradients, training flags, buffers, random states, adapters and options. Meanwhile all streams of the forward pass
-    are kept: four bytes an element a layer for each stream that the coupling changes in exact arithmetic.
+    are kept: for each stream that the coupling changes, four bytes an element a layer where hidden states have 16 bits,
+    eight where they have more (exact arithmetic, `fraction_bits="auto"`).
 
     Args:
         model: reversible by `get_peft_model(base, MeftConfig(...))` or `make_reversible`.
