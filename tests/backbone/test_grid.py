@@ -63,7 +63,8 @@ def test_nothing_overflows_by_default(coupling: str, dtype: torch.dtype) -> None
     model = meft.make_reversible(copy.deepcopy(plain).train(), coupling)
     cached = meft.make_reversible(copy.deepcopy(plain).train(), coupling, backward="cached")
     found, wanted = gradients(model), gradients(cached)
-    assert (found - wanted).norm() <= 1e-8 * wanted.norm()  # but for the order of sums
+    order_of_sums = 1e-8 if dtype == torch.float32 else 1e-4
+    assert (found - wanted).norm() <= order_of_sums * wanted.norm()
     model.eval()
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
@@ -126,7 +127,7 @@ def test_the_forward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
         def watched(self: torch.Tensor, *args: Any, before: Any = before, name: str = name) -> Any:
             if self.device.type != "meta" and "meft" in str(__import__("sys")._getframe(1).f_code.co_filename):
-                looked.append(name)
+                looked.append(name + str(__import__("sys")._getframe(1).f_code))
             return before(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
