@@ -65,7 +65,7 @@ def test_nothing_overflows_by_default(coupling: str, dtype: torch.dtype) -> None
     cached = meft.make_reversible(copy.deepcopy(plain).train(), coupling, backward="cached")
     found, wanted = gradients(model), gradients(cached)
     # But for the order in which the gradients of the streams are summed up.
-    assert (found - wanted).norm() <= (1e-6 if dtype == torch.float32 else 1e-3) * wanted.norm()
+    assert (found - wanted).norm() <= (1e-8 if dtype == torch.float32 else 1e-4) * wanted.norm()
     model.eval()
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
