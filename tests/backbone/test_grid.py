@@ -171,7 +171,7 @@ def test_the_forward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
         def watched(self: torch.Tensor, *args: Any, before: Any = before, name: str = name) -> Any:
             caller = sys._getframe(1).f_code.co_filename
-            if self.device.type != "meta" and ("meft/engine" in caller or "meft/backbone" in caller):
+            if "meft/engine" in caller or "meft/backbone" in caller:
                 looked.append(name)
             return before(self, *args)
 

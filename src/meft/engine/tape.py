@@ -212,34 +212,29 @@ class Tape:
         output.data.mul_(torch.where((largest < self.reach).all(), 1.0, math.nan))
         return output
 
-    def check_magnitudes(self) -> None:
-        """Looks at every layer's largest magnitude at once.
+    def _look_at_magnitudes(self) -> None:
+        self.check_magnitudes()
 
-        Raises:
-            StreamOverflowError: one of them is too large or not finite.
-        """
-        self._look([])
-
-    def _look(self, flags: Sequence[Tensor]) -> list[bool]:
-        """Looks at the magnitudes and at other flags in one synchronisation.
+    def check_magnitudes(self, flags: Sequence[Tensor] = ()) -> list[bool]:
+        """Looks at every layer's largest magnitude at once, and at flags with them: the only synchronisation of a step.
 
         Returns:
             The flags.
 
         Raises:
-            StreamOverflowError: a magnitude is too large or not finite.
+            StreamOverflowError: one of the magnitudes is too large or not finite.
         """
-        if not self.magnitudes and not flags:
-            return []
+        if not self.magnitudes:
+            return torch.stack(list(flags)).tolist() if flags else []
         reached = torch.as_tensor(self.reach, dtype=torch.float32, device=self.device)
-        found = [value.to(self.device, torch.float32) for value in (*(m for _, m in self.magnitudes), *flags)]
-        reach, *values = torch.stack([reached, *found]).tolist()
+        found = [value.to(self.device, torch.float32) for _, value in self.magnitudes]
+        *values, reach = torch.stack([*(flag.to(torch.float32) for flag in flags), *found, reached]).tolist()
+        raised, values = [bool(value) for value in values[: len(flags)]], values[len(flags) :]
         peaks: dict[int, float] = {}
-        for (layer, _), value in zip(self.magnitudes, values, strict=False):
+        for (layer, _), value in zip(self.magnitudes, values, strict=True):
             before = peaks.get(layer, 0.0)
             # Unlike `max`, keeps a NaN that comes second as well as one that comes first.
             peaks[layer] = before if before != before or before > value else value
-        seen = [bool(flag) for flag in values[len(self.magnitudes) :]]
         self.magnitudes.clear()
         bad = [layer for layer, peak in peaks.items() if not peak < reach]
         if bad:
@@ -247,7 +242,7 @@ class Tape:
                 f"Hidden states of {self.name}, layers {min(bad)} to {max(bad)}, do not fit the fixed-point streams. "
                 + self.arithmetic.overflow_advice(peaks[min(bad)], _expected(peaks, min(bad)), reach)
             )
-        return seen
+        return raised
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -278,7 +273,7 @@ class Tape:
             )
         if self.magnitudes:
             # Where only a part of the stack is differentiated, no node is the last.
-            torch.autograd.Variable._execution_engine.queue_callback(self.check_magnitudes)
+            torch.autograd.Variable._execution_engine.queue_callback(self._look_at_magnitudes)
         kept, self.kept = self.kept, None
         return kept
 
@@ -359,19 +354,19 @@ class Tape:
             meeting: the streams below layer 0, which began as one; None where the backward pass ends above.
         """
         deviation = 0.0
-        if self.arithmetic.exact and self.anchor_every is None:
-            flags = [differs for _, differs, _ in self.differences]
-            if meeting is not None:
-                flags.append((meeting[0] != meeting[1]).any())
+        exact = self.arithmetic.exact and self.anchor_every is None
+        flags = [differs for _, differs, _ in self.differences]
+        if exact and meeting is not None:
+            flags.append((meeting[0] != meeting[1]).any())
+        outcome = self.check_magnitudes(flags)
+        if exact:
             differences, self.differences = self.differences, []
-            outcome = self._look(flags)
             for differs, (level, _, cause) in zip(outcome, differences, strict=False):
                 if differs:
                     raise ReconstructionError(_difference_message(self, self.layer_of(level), cause()))
             if meeting is not None and outcome[-1]:
                 raise ReconstructionError(_reconstruction_message(self, *meeting))
         elif meeting is not None:
-            self.check_magnitudes()
             deviation = relative_deviation(*meeting)
             if not deviation <= self.drift_tolerance:
                 warnings.warn(_drift_message(self, deviation), DriftWarning, stacklevel=2)
