@@ -11,7 +11,7 @@ import pytest
 import meft
 from meft.cli import main
 from meft.errors import UnsupportedModelError
-from meft.memory.estimation.recipes import Recipe
+from meft.methods.registry import Way
 from support.memory_families import small_config
 
 
@@ -90,13 +90,13 @@ def test_the_answer_to_a_budget_for_one_method(folder, capsys, monkeypatch) -> N
 
 
 def test_what_cannot_be_estimated_is_said_beside_the_rest(folder, capsys, monkeypatch) -> None:
-    def apply(self: Recipe, *arguments: Any) -> Any:
+    def apply(self: Way, *arguments: Any) -> Any:
         if self.name == "meft3":
             raise UnsupportedModelError("This model does not split.")
         return applied(self, *arguments)
 
-    applied = Recipe.apply
-    monkeypatch.setattr(Recipe, "apply", apply)
+    applied = Way.apply
+    monkeypatch.setattr(Way, "apply", apply)
 
     code, out, _ = run(capsys, monkeypatch, folder, "--method", "meft1 meft3", "--seq_len=16")
 

@@ -6,7 +6,7 @@ import torch
 
 import meft
 from meft.errors import ConfigError, UnsupportedModelError
-from meft.methods.registry import METHODS, MethodOptions, apply_method, check_method, count_parameters
+from meft.methods.registry import METHODS, apply_method, count_parameters, read_way
 from support.models import batch, build
 
 HIDDEN, LAYERS, LABELS = 16, 3, 3
@@ -117,7 +117,7 @@ def test_modules_to_save_are_trained_beside_the_head() -> None:
 )
 def test_what_a_method_lacks_is_refused(method: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_method(method, MethodOptions(**options))
+        read_way(method, options)
     with pytest.raises(ConfigError, match=message):
         apply_method(small(), method, task_type="SEQ_CLS", **options)
 

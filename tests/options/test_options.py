@@ -21,8 +21,8 @@ import meft
 from meft.backbone.plan import Plan
 from meft.cli.estimate import _options as estimate_options
 from meft.errors import ConfigError
-from meft.memory.estimation.recipes import read_recipe
-from meft.methods.registry import MethodOptions, apply_method
+from meft.methods.registry import apply_method, read_way
+from meft.methods.table import MethodOptions
 from meft.options import CONFIG, FUNCTION, METHOD, OPTIONS, options_of, reference_page
 from meft.training import TRAIN_TYPES
 from meft.training.arguments import MeftArguments, flat, parse
@@ -60,7 +60,7 @@ from support import models
 from meft.cli.estimate import _options
 from meft.cli.verify import VerifyArguments, _from_base
 from meft.errors import ConfigError
-from meft.memory.estimation.recipes import read_recipe
+from meft.methods.registry import read_way
 from meft.methods.registry import apply_method
 from meft.options import reference_page
 from meft.backbone.plan import Plan
@@ -89,7 +89,7 @@ for call in (
     lambda: meft.MeftConfig(spice=10), lambda: Plan.make(coupling="meft1", spice=10),
     lambda: meft.make_reversible(models.build("bert"), spice=10),
     lambda: apply_method(models.build("bert"), "meft1", task_type="SEQ_CLS", spice=10),
-    lambda: read_recipe("momentum", {"spice": 10}), lambda: _options(["--spice=10"]),
+    lambda: read_way("momentum", {"spice": 10}), lambda: _options(["--spice=10"]),
     lambda: parse(TRAIN_TYPES, ["--model_name_or_path=m", "--spice=10"], command="train"),
 ):
     refused(call, message)
@@ -105,7 +105,7 @@ for command, types_ in (("train", TRAIN_TYPES), ("verify", verify_types)):
 assert plan_of(_from_base(models.build("bert"), "SEQ_CLS", parse(
     (MeftArguments,), ["--method=lora", "--spice", "7"], command="verify")[0], None)).spice == 7
 assert _options(["--spice", "7"]) == {"spice": 7}
-assert plan_of(read_recipe("lora+momentum", {"spice": 7}).apply(models.build("bert"), "SEQ_CLS")).spice == 7
+assert plan_of(read_way("lora+momentum", {"spice": 7}).apply(models.build("bert"), "SEQ_CLS")).spice == 7
 
 recipe = "arguments: {model_name_or_path: m, task: rte, spice: %d, use_cpu: true}\\ngrid: {method: [meft1]}\\n"
 (folder / "r.yaml").write_text(recipe % 6)
@@ -202,8 +202,8 @@ def test_none_reaches_the_plan_and_the_estimate() -> None:
     model = apply_method(models.build("bert"), "momentum", task_type="SEQ_CLS", tile_size=None, fused_loss=False)
     config = model.peft_config["default"]
     assert (config.tile_size, config.plan().tile_size, config.fused_loss) == (None, None, False)
-    assert read_recipe("momentum", {"tile_size": None, "gamma": None}).options == {"tile_size": None}
-    assert "tile_size=None" in read_recipe("meft3", {"tile_size": None}).code("CAUSAL_LM")
+    assert read_way("momentum", {"tile_size": None, "gamma": None}).options == {"tile_size": None}
+    assert "tile_size=None" in read_way("meft3", {"tile_size": None}).code("CAUSAL_LM")
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_values_of_a_wrong_type(name: str, value: Any, text: str) -> None:
     # Where None is no value, it leaves an option of a method out.
     if name in options_of(METHOD) and value is not None:
         calls.append(lambda: MethodOptions(**{name: value}))
-        calls.append(lambda: read_recipe("momentum", {name: value}))
+        calls.append(lambda: read_way("momentum", {name: value}))
     for call in calls:
         with pytest.raises(ConfigError) as caught:
             call()

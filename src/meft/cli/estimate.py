@@ -13,10 +13,10 @@ from rich.table import Table
 
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.memory.estimation.estimate import estimate
-from meft.memory.estimation.recipes import RECIPES, read_recipe
 from meft.memory.estimation.report import WEIGHTS, BudgetError, MemoryEstimate
 from meft.memory.estimation.sizes import parse_size
 from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from meft.methods.registry import COMPARED, own_options, read_way
 from meft.options import METHOD, options_of
 from meft.storage.files import write_json
 from meft.storage.results import format_bytes, now, versions
@@ -58,12 +58,12 @@ def estimate_command(
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: what was given is not valid.
     """
-    names = list(RECIPES) if methods == ALL else methods.replace(",", " ").split()
+    names = list(COMPARED) if methods == ALL else methods.replace(",", " ").split()
     options = _options(extra)
     if not names:
-        raise ConfigError(f"method is {methods!r}; give {ALL}, or one or more of {', '.join(RECIPES)}.")
+        raise ConfigError(f"method is {methods!r}; give {ALL}, or one or more of {', '.join(COMPARED)}.")
     for name in names:
-        read_recipe(name, options)
+        read_way(name)
     if budget is not None:
         parse_size(budget)
     if json is not None and not Path(json).resolve().parent.is_dir():
@@ -191,7 +191,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
 
 def _own(name: str, options: dict[str, Any], *, alone: bool) -> dict[str, Any]:
     """The options that mean something to a method: of several methods, each takes its own."""
-    return options if alone else read_recipe(name, options).own_options()
+    return options if alone else own_options(name, options)
 
 
 @contextmanager

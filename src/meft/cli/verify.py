@@ -21,7 +21,7 @@ from meft.loading.arguments import ModelArguments
 from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.loading.models import load_adapter
 from meft.loading.pretrained import load_pretrained
-from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
+from meft.methods.registry import PLAIN_METHODS, apply_method
 from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
@@ -45,8 +45,9 @@ class VerifyArguments:
     _argument_group_name = "verification"
 
     under: str | None = _option(
-        "For --method full, lora, ia3 or bitfit, and for adapters of other methods than MEFT: the coupling put under "
-        "them: momentum (left out), meft1, meft2 or meft3."
+        f"For --method {', '.join(PLAIN_METHODS)} (--method lora --under momentum is --method lora+momentum), and for "
+        f"adapters of other methods than MEFT: the coupling put under them. Left out: momentum. Valid: "
+        f"{', '.join(COUPLINGS)}."
     )
     base_model_name_or_path: str | None = _option(
         "For an adapter: its base model, when it is no longer where the adapter says."
@@ -128,17 +129,15 @@ def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments:
 
 def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | None) -> nn.Module:
     """A pretrained model with something new to train: MEFT's adapters, or LoRA or everything on a reversible stack."""
-    options = method.options()
-    if method.method not in PLAIN_METHODS:
-        if under is not None:
-            raise ConfigError(
-                f"under is {under!r}, but method {method.method!r} brings its own coupling. Leave --under out, or give "
-                f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
-            )
-        return apply_method(base, method.method, task_type=task_type, **options.given())
-    coupling, bare = _split(options)
-    model = apply_method(base, method.method, task_type=task_type, **bare)
-    return _made_reversible(model, under, coupling)
+    name = method.method
+    if name in PLAIN_METHODS:
+        name = f"{name}+{under or 'momentum'}"
+    elif under is not None:
+        raise ConfigError(
+            f"under is {under!r}, but method {name!r} brings its own coupling, or has none. Leave --under out, or give "
+            f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
+        )
+    return apply_method(base, name, task_type=task_type, **method.options().given())
 
 
 def _from_adapter(
@@ -163,19 +162,9 @@ def _from_adapter(
     model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
     if is_meft:
         return model, base, task_type
-    coupling, _ = _split(method.options())
-    return _made_reversible(model, arguments.under, coupling), base, task_type
-
-
-def _split(options: MethodOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that were given: those of the coupling put under a method, and the method's own."""
-    given = options.given()
-    under = {name: value for name, value in given.items() if name in _COUPLING_OPTIONS}
-    return under, {name: value for name, value in given.items() if name not in _COUPLING_OPTIONS}
-
-
-def _made_reversible(model: nn.Module, coupling: str | None, options: dict[str, Any]) -> nn.Module:
-    return make_reversible(model, coupling=coupling or "momentum", **options)
+    given = method.options().given()
+    coupling = {name: value for name, value in given.items() if name in _COUPLING_OPTIONS}
+    return make_reversible(model, coupling=arguments.under or "momentum", **coupling), base, task_type
 
 
 def _device(name: str | None) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from meft.errors import ConfigError
 from meft.loading.arguments import option
-from meft.methods.registry import METHODS, MethodOptions
+from meft.methods.registry import NAMED, Way, read_way
+from meft.methods.table import MethodOptions
 from meft.options import METHOD, UNSET, Option, WithOptions, option_dataclass, options_of
 
 from .data.files import FileOptions
@@ -123,7 +124,7 @@ class MeftArguments(WithOptions):
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: str = option(f"{', '.join(METHODS[:-1])} or {METHODS[-1]}.", "meft1")
+    method: str = option(f"{NAMED}.", "meft1")
 
     def __post_init__(self) -> None:
         for name, entry in options_of(METHOD).items():
@@ -134,9 +135,19 @@ class MeftArguments(WithOptions):
                 setattr(self, name, entry.write(value))
 
     def options(self) -> MethodOptions:
-        """The same as `meft.methods.registry` takes them."""
+        """The same as `meft.methods` takes them."""
         given = {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not None}
         return MethodOptions(**{name: options_of(METHOD)[name].read(value) for name, value in given.items()})
+
+    def way(self, *, settings: Mapping[str, Any] | None = None) -> Way:
+        """The way to train that is asked for; `settings` stand in for what was left open.
+
+        Raises:
+            ConfigError: There is no such way, or an option means nothing to it.
+        """
+        given = self.options().given()
+        opened = {name: value for name, value in (settings or {}).items() if given.get(name) is None}
+        return read_way(self.method, {**given, **opened})
 
 
 @dataclass
@@ -170,6 +181,10 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     base_model_name_or_path: str | None = option("An adapter's base model, when it is no longer where it was.")
+    method: str | None = option(
+        "Evaluate on the reversible backbone that the folder was trained on: lora+momentum, say. Left out: on the "
+        "plain model, where what was trained runs on it."
+    )
     split: Literal["validation", "test"] = option("The rows to evaluate on.", "validation")
     results_file: str | None = option("Write the metrics to this JSON file.")
     predictions_file: str | None = option("Write the predictions to this tab-separated file.")

@@ -47,7 +47,8 @@ def evaluate(
     """Evaluates a run's output folder, one of its checkpoints, an adapter or a model.
 
     Returns:
-        The metrics; those of a run's output folder on the same rows equal the run's own bit for bit. Empty when the
+        The metrics; those of a run's output folder on the same rows equal the run's own bit for bit (of one trained on
+        a reversible backbone the `deployed_metrics`, and with `--method` those as it was trained). Empty when the
         rows have no labels and only predictions were asked for.
 
     Raises:
@@ -55,7 +56,8 @@ def evaluate(
     """
     split = evaluation_arguments.split
     base = evaluation_arguments.base_model_name_or_path
-    prepared = prepare_evaluation(model_arguments, data_arguments, split, base=base, say=say)
+    method = evaluation_arguments.method
+    prepared = prepare_evaluation(model_arguments, data_arguments, split, base=base, method=method, say=say)
     if not evaluation_arguments.predictions_file:
         check_labelled(prepared.unlabelled, hint=", or --predictions_file to write the predictions instead")
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,6 +69,7 @@ def evaluate(
     if evaluation_arguments.results_file:
         found = {
             "model": model_arguments.model_name_or_path,
+            "method": method,
             "task": prepared.spec.name,
             "split": split,
             "metrics": metrics,

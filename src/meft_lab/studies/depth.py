@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft.errors import StreamOverflowError
-from meft.memory.estimation.recipes import read_recipe
+from meft.methods.registry import read_way
 from meft.options import check_integer
 
 from . import figures
@@ -54,7 +54,7 @@ class Grid:
         check_integer("seq_length", self.seq_length, 2)
         check_integer("width", self.width, 2 * HEADS)
         for method in self.methods:
-            read_recipe(method, {})
+            read_way(method, {})
 
 
 def rows(request: Request) -> list[Row]:
@@ -85,7 +85,7 @@ def _measure(grid: Grid, seed: int, depth: int, method: str, tick: Tick) -> Foun
 
 def _measure_at(grid: Grid, seed: int, depth: int, method: str, tick: Tick, bits: int) -> Found:
     batch = _batch(grid, seed)
-    coupled = read_recipe(method, {}).coupled
+    coupled = read_way(method, {}).coupled
     own: dict[str, Any] = {"fraction_bits": bits} if coupled and bits != FRACTION_BITS[0] else {}
     reference = None if method == REFERENCE else lambda: _trainable(grid, seed, depth, REFERENCE)
     found = step_costs(_trainable(grid, seed, depth, method, **own), batch, reference, grid.rounds) | own
@@ -118,7 +118,7 @@ def _trainable(grid: Grid, seed: int, depth: int, method: str, **options: Any) -
         eos_token_id=2,
         use_cache=False,
     )
-    return read_recipe(method, options).apply(LlamaForCausalLM(config), "CAUSAL_LM")
+    return read_way(method, options).apply(LlamaForCausalLM(config), "CAUSAL_LM").train()
 
 
 def _batch(grid: Grid, seed: int) -> dict[str, Tensor]:
