@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbone": {"errors", "loss", "engine", "options"},
     "tuner": {"errors", "loss", "engine", "options", "backbone"},
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
-    "methods": {"errors", "options", "backbone", "tuner"},
+    "methods": {"errors", "engine", "options", "backbone", "tuner"},
     "memory": {"errors", "storage", "engine", "options", "backbone", "methods"},
     "training": {
         *("errors", "storage", "engine", "options", "loading", "backbone", "tuner", "verification", "methods"),

@@ -12,7 +12,7 @@ from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.backbone.conversion import make_reversible
+from meft.backbone.conversion import layer_drop_unsaid, make_reversible, restore
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.options import FUNCTION, METHOD, UNSET, Option, options_of
@@ -45,6 +45,12 @@ COMPARED = (
 """What `meft estimate --method all` compares."""
 NAMED = f"{', '.join(METHODS)}; {', '.join(PLAIN_METHODS)} also on a reversible backbone, as lora+momentum"
 """The ways to train in words, for help."""
+# Under its older name it is deprecated in Transformers 5.23.
+_CHECKPOINT = next(
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
+)
 _UNDER = frozenset(options_of(FUNCTION)) - {"coupling"}
 
 
@@ -105,11 +111,13 @@ class Way:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no gradient checkpointing. Choose another method than {self.name}."
             )
+        if self.under is not None:
+            # Tried first, so that a refusal leaves the model as it was, without adapters.
+            with layer_drop_unsaid():
+                restore(make_reversible(model, coupling=self.under, **coupling))
         trained = self.method.make(model, task_type, MethodOptions(**own))
         if self.around == CHECKPOINTING:
-            # Under its older name it is deprecated in Transformers 5.23.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            getattr(model, _CHECKPOINT)({"use_reentrant": False})
         if self.under is not None:
             make_reversible(trained, coupling=self.under, **coupling)
         return trained
@@ -129,7 +137,7 @@ class Way:
             words = ["model", f'coupling="{self.under}"', *as_code(coupling)]
             lines.append(f"meft.make_reversible({', '.join(words)})")
         if self.around == CHECKPOINTING:
-            lines.append('base.gradient_checkpointing_enable({"use_reentrant": False})')
+            lines.append(f'base.{_CHECKPOINT}({{"use_reentrant": False}})')
         if self.around == OFFLOAD:
             lines.append("with torch.autograd.graph.save_on_cpu(pin_memory=True): loss = model(**batch).loss")
         return "\n".join(lines)
@@ -156,7 +164,7 @@ def read_way(name: str, options: Mapping[str, Any] | None = None) -> Way:
     """
     base, _, extra = str(name).partition("+")
     if name not in WAYS:
-        raise ConfigError(f"method is {name!r}; {_advice(base, extra)}")
+        raise ConfigError(f"method is {name!r}{_advice(base, extra)}")
     known = options_of(METHOD)
     unknown = sorted(set(options or ()) - set(known))
     if unknown:
@@ -223,10 +231,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _advice(base: str, extra: str) -> str:
     method = METHODS.get(base)
     if method is not None and method.saves is not None and not method.plain and extra in COUPLINGS:
-        return f"but the adapters of meft are coupled by their own method. Give {extra!r} instead."
+        return f", but the adapters of meft are coupled by their own method. Give {extra!r} instead."
     uncoupled = [name for name, row in METHODS.items() if row.coupling is None]
     return (
-        f"it must be one of {', '.join(METHODS)}; {', '.join(PLAIN_METHODS)} may stand on a reversible backbone "
+        f"; it must be one of {', '.join(METHODS)}; {', '.join(PLAIN_METHODS)} may stand on a reversible backbone "
         f"(+{', +'.join(COUPLINGS)}: lora+momentum), and {', '.join(uncoupled)} may be followed by "
         f"+{' or +'.join(AROUND)}."
     )

@@ -116,8 +116,12 @@ def settings_of(model: Any) -> dict[str, Any] | None:
         return {name: getattr(config, name) for name in SETTINGS}
     for layer in model.modules():
         if isinstance(layer, ReversibleLayer) and (placement := layer.placement()) is not None:
-            taken = placement.reversible_stack.plan.options()
-            return {name: taken[name] for name in SETTINGS if name in options_of(FUNCTION) and name in taken}
+            taken, known = placement.reversible_stack.plan.options(), options_of(FUNCTION)
+            return {
+                name: taken[name]
+                for name in SETTINGS
+                if name in known and known[name].means_something(taken["coupling"])
+            }
     return None
 
 
