@@ -19,8 +19,9 @@ from peft import PeftModel, get_peft_model
 
 import meft
 from meft.backbone.plan import Plan
-from meft.cli.estimate import _options as estimate_options
+from meft.cli.estimate import EstimateArguments
 from meft.errors import ConfigError
+from meft.methods.arguments import OptionArguments
 from meft.methods.registry import apply_method, read_way
 from meft.methods.table import MethodOptions
 from meft.options import CONFIG, FUNCTION, METHOD, OPTIONS, options_of, reference_page
@@ -31,6 +32,10 @@ from support import models
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 SOURCE = Path(meft.__file__).parent
 BASE = {"coupling": "momentum"}
+
+
+def estimate_options(words: list[str]) -> dict[str, Any]:
+    return parse((EstimateArguments, OptionArguments), ["m", *words], command="estimate")[1].given()
 
 
 def typed(*words: str) -> MeftArguments:
@@ -57,7 +62,8 @@ del sys.modules["meft"]
 import meft
 from peft import PeftModel, get_peft_model
 from support import models
-from meft.cli.estimate import _options
+from meft.cli.estimate import EstimateArguments
+from meft.methods.arguments import OptionArguments
 from meft.cli.verify import VerifyArguments, _from_base
 from meft.errors import ConfigError
 from meft.methods.registry import read_way
@@ -69,6 +75,9 @@ from meft.training import TRAIN_TYPES
 from meft.loading.arguments import ModelArguments
 from meft.training.arguments import MeftArguments, parse
 from meft.backbone.discovery import find_stacks
+
+def _options(words):
+    return parse((EstimateArguments, OptionArguments), ["m", *words], command="estimate")[1].given()
 
 def refused(call, text):
     try:

@@ -23,23 +23,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loss": {"errors"},
     "engine": {"errors"},
     "options": {"errors", "engine"},
-    "loading": {"errors", "storage"},
+    "parsing": {"errors", "options"},
+    "loading": {"errors", "storage", "parsing"},
     "backbone": {"errors", "loss", "engine", "options"},
     "tuner": {"errors", "loss", "engine", "options", "backbone"},
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
-    "methods": {"errors", "engine", "options", "backbone", "tuner"},
+    "methods": {"errors", "engine", "options", "parsing", "backbone", "tuner"},
     "memory": {"errors", "storage", "engine", "options", "backbone", "methods"},
     "training": {
-        *("errors", "storage", "engine", "options", "loading", "backbone", "tuner", "verification", "methods"),
-        "memory",
+        *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
+        *("methods", "memory"),
     },
     "cli": {
-        *("errors", "storage", "engine", "options", "loading", "backbone", "tuner", "verification", "methods"),
-        *("memory", "training"),
+        *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
+        *("methods", "memory", "training"),
     },
     "meft_lab": {
-        *("errors", "storage", "engine", "options", "loading", "backbone", "tuner", "verification", "methods"),
-        *("memory", "training"),
+        *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
+        *("methods", "memory", "training"),
     },
 }
 TORCH_ALONE = ("errors", "engine")

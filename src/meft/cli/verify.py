@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,21 +21,18 @@ from meft.loading.arguments import ModelArguments
 from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
 from meft.loading.models import load_adapter
 from meft.loading.pretrained import load_pretrained
+from meft.methods.arguments import MeftArguments
 from meft.methods.registry import PLAIN_METHODS, apply_method
 from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
+from meft.parsing import option, parse
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
 from meft.storage.results import hardware, now, versions
-from meft.training.arguments import MeftArguments, parse
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
 from meft.verification.batches import random_batch, text_batch
 
 _COUPLING_OPTIONS = tuple(name for name in options_of(FUNCTION) if name in options_of(METHOD))
-
-
-def _option(help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -44,28 +41,28 @@ class VerifyArguments:
 
     _argument_group_name = "verification"
 
-    under: str | None = _option(
+    under: str | None = option(
         f"For --method {', '.join(PLAIN_METHODS)} (--method lora --under momentum is --method lora+momentum), and for "
         f"adapters of other methods than MEFT: the coupling put under them. Left out: momentum. Valid: "
         f"{', '.join(COUPLINGS)}."
     )
-    base_model_name_or_path: str | None = _option(
+    base_model_name_or_path: str | None = option(
         "For an adapter: its base model, when it is no longer where the adapter says."
     )
-    task_type: str | None = _option(f"The task head: {', '.join(TASK_MODELS)}. Left out: the checkpoint's own.")
-    batch_size: int = _option("Rows of the batch; all but the first are padded.", 2)
-    seq_length: int = _option("Tokens of a row.", 64)
-    text_file: str | None = _option("A file with a text a line, instead of random tokens.")
-    autocast: Literal["bfloat16", "float16"] | None = _option("Mixed precision: run under autocast to this dtype.")
-    deploy: bool = _option(
+    task_type: str | None = option(f"The task head: {', '.join(TASK_MODELS)}. Left out: the checkpoint's own.")
+    batch_size: int = option("Rows of the batch; all but the first are padded.", 2)
+    seq_length: int = option("Tokens of a row.", 64)
+    text_file: str | None = option("A file with a text a line, instead of random tokens.")
+    autocast: Literal["bfloat16", "float16"] | None = option("Mixed precision: run under autocast to this dtype.")
+    deploy: bool = option(
         "Also find the loss as trained, as deployed on the plain model, and with other gammas. Give a --text_file for "
         "figures that mean something.",
         False,
     )
-    device: str | None = _option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
-    seed: int = _option("Of random tokens, new weights and dropout.", 0)
-    figure: str | None = _option("Draw the error against depth to this file: .svg, .png or .pdf.")
-    json: str | None = _option("Write everything that was found to this JSON file.")
+    device: str | None = option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
+    seed: int = option("Of random tokens, new weights and dropout.", 0)
+    figure: str | None = option("Draw the error against depth to this file: .svg, .png or .pdf.")
+    json: str | None = option("Write everything that was found to this JSON file.")
 
     def check(self) -> None:
         """Raises ConfigError if an option is not valid by itself."""
@@ -81,7 +78,7 @@ class VerifyArguments:
             raise ConfigError(f"The folder of {self.json!r} does not exist. Create it, or choose another.")
 
 
-def verify_command(argv: Sequence[str]) -> int:
+def verify_command(argv: Sequence[str], *, command: str = "", description: str | None = None) -> int:
     """Runs the words after `meft verify`.
 
     Example:
@@ -96,7 +93,7 @@ def verify_command(argv: Sequence[str]) -> int:
         ConfigError, CheckpointError, DataError, UnsupportedModelError: what was given is not valid; exit code 2.
     """
     types = (ModelArguments, MeftArguments, VerifyArguments)
-    model_arguments, method_arguments, arguments = parse(types, argv, command="verify")
+    model_arguments, method_arguments, arguments = parse(types, argv, command="verify", description=description)
     arguments.check()
     report = _verified(model_arguments, method_arguments, arguments)
     console = Console()
@@ -104,7 +101,7 @@ def verify_command(argv: Sequence[str]) -> int:
     if arguments.figure is not None:
         console.print(f"Figure: {report.figure(arguments.figure)}", markup=False, soft_wrap=True)
     if arguments.json is not None:
-        write_json(Path(arguments.json), _record(report, shlex.join(["meft", "verify", *argv])))
+        write_json(Path(arguments.json), _record(report, command or shlex.join(["meft", "verify", *argv])))
     return 0 if report.passed() else 1
 
 

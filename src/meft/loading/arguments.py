@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def option(help_text: str, default: Any = None) -> Any:
-    """A field of a dataclass of arguments, with the sentence that `--help` says of it."""
-    return field(default=default, metadata={"help": help_text})
+from meft.parsing import option
 
 
 @dataclass

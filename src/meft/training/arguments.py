@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError
-from meft.loading.arguments import option
-from meft.methods.registry import NAMED, Way, read_way
-from meft.methods.table import MethodOptions
-from meft.options import METHOD, UNSET, Option, WithOptions, option_dataclass, options_of
+from meft.methods.arguments import MeftArguments
+from meft.parsing import as_words, option, parse, read_mapping
 
 from .data.files import FileOptions
-from .parsing import as_words, parse, read_mapping
 
 __all__ = [
     "DataArguments",
@@ -109,45 +106,6 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1. Leave it out for no limit.")
-
-
-def _left_out(entry: Option) -> Any:
-    return None if entry.left_out is UNSET else entry.left_out
-
-
-@option_dataclass(options_of(METHOD).values(), _left_out, own_first=True)
-class MeftArguments(WithOptions):
-    """How to fine-tune: a method and its options, as JSON has them.
-
-    None is an option that was left out, the word "none" an option that is None.
-    """
-
-    _argument_group_name: ClassVar[str] = "method"
-
-    method: str = option(f"{NAMED}.", "meft1")
-
-    def __post_init__(self) -> None:
-        for name, entry in options_of(METHOD).items():
-            value = getattr(self, name)
-            if value is not None:
-                value = entry.read(value)
-                entry.check(value)
-                setattr(self, name, entry.write(value))
-
-    def options(self) -> MethodOptions:
-        """The same as `meft.methods` takes them."""
-        given = {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not None}
-        return MethodOptions(**{name: options_of(METHOD)[name].read(value) for name, value in given.items()})
-
-    def way(self, *, settings: Mapping[str, Any] | None = None) -> Way:
-        """The way to train that is asked for; `settings` stand in for what was left open.
-
-        Raises:
-            ConfigError: There is no such way, or an option means nothing to it.
-        """
-        given = self.options().given()
-        opened = {name: value for name, value in (settings or {}).items() if given.get(name) is None}
-        return read_way(self.method, {**given, **opened})
 
 
 @dataclass

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meft.loading.arguments import ModelArguments
+from meft.parsing import parse
 from meft.storage import results
 from meft.storage.files import write_json, write_text
 
 from . import build_trainer, metrics_of
-from .arguments import DataArguments, EvaluationArguments, TrainerArguments, parse
+from .arguments import DataArguments, EvaluationArguments, TrainerArguments
 from .checkpoints import CheckpointingTrainer
 from .kinds.base import Say
 from .preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
@@ -21,14 +22,14 @@ _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")
 
 
 def parse_evaluation(
-    argv: Sequence[str],
+    argv: Sequence[str], *, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, EvaluationArguments, TrainerArguments]:
     """Parses the words after `meft evaluate`; what they leave out is taken from the trained model's `task.json`.
 
     Raises:
         ConfigError: As `meft.training.arguments.parse`.
     """
-    model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate")
+    model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate", description=description)
     recorded = read_task_file(model.model_name_or_path).get("arguments", {})
     named = any(getattr(data, name) for name in _SOURCES if name != "data_dir")
     defaults = {name: value for name, value in recorded.items() if not (named and name in _SOURCES)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,12 +12,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meft.errors import ConfigError
+from meft.parsing import option
 from meft.storage.files import write_text
 from meft_lab.families.catalogue import CATALOGUE
 from meft_lab.families.matrix import Row, families_of, matrix
 from meft_lab.families.report import markdown, report
 
 _FILE_WIDTH = 200
+
+
+@dataclass
+class FamiliesArguments:
+    """What is tried, and how it is shown."""
+
+    _argument_group_name = "families"
+
+    model_type: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Model types of Transformers, such as llama. Left out: the whole catalogue.",
+            "several": True,
+        },
+    )
+    markdown: bool = option("Print the page of the documentation.", False)
+    output: str | None = option("A file to write instead of printing.")
 
 
 def families_command(

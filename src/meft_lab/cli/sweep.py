@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from meft.errors import ConfigError
+from meft.parsing import option
 from meft.storage.figures import save_figure
 from meft.storage.files import write_json, write_text
 from meft.storage.results import now
@@ -17,6 +19,19 @@ from meft_lab.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, m
 from meft_lab.sweep.figure import scores_figure
 
 TABLE_FILES = ("table.json", "table.md", "table.csv", "table.svg")
+
+
+@dataclass
+class SweepArguments:
+    """Which recipe is run, and where."""
+
+    _argument_group_name = "sweep"
+
+    recipe: str = field(
+        metadata={"help": "A YAML file, or the name of a recipe that comes with meft.", "positional": True}
+    )
+    output_dir: str | None = option("Folder of all runs. Left out: runs/<recipe>.")
+    dry_run: bool = option("List the runs, and run none.", False)
 
 
 def sweep_command(

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meft.errors import StreamOverflowError
 from meft.methods.registry import read_way
 from meft.options import check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option
+from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick
 from .probes import step_costs, verified
 from .report import number, ratio, size, yes_no
 

@@ -25,9 +25,10 @@ from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import read_way
 from meft.options import check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option
+from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick
 from .probes import step_costs, unwarned, verified
 from .report import number, ratio, size, yes_no
 

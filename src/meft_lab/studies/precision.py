@@ -10,9 +10,10 @@ import torch
 
 from meft.methods.registry import METHODS
 from meft.options import check_choice, check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Column, Found, Request, Row, Study, option
+from .base import Column, Found, Request, Row, Study
 from .report import plain, ratio, score, size
 from .trained import costs_cell, training_cells
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from meft.errors import BusyFolderError, ConfigError, MeftError, OutputFolderError
+from meft.parsing import as_words, parse
 from meft.storage.files import read_json
 from meft.training import RESULTS_FILE, TRAIN_TYPES, train
-from meft.training.arguments import as_words, flat, parse
+from meft.training.arguments import flat
 from meft.training.kinds import check_options
 from meft.training.kinds.base import Say, say_nothing
 from meft.training.runs import differences
