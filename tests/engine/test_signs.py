@@ -109,7 +109,8 @@ def test_a_draw_is_one_fair_sign_for_each_sample() -> None:
 def test_against_the_reference(family: str, backward: str, dropout: float) -> None:
     """Which draws the same signs, where a layer begins."""
     task = {"bart": "SEQ_2_SEQ_LM"}.get(family, "FEATURE_EXTRACTION")
-    model = engine_model(family, task, coupling="momentum", backward=backward, sign="random", dropout=dropout)
+    options = {"backward": backward, "sign": "random", "dropout": dropout, "gamma": 1 / 4}
+    model = engine_model(family, task, coupling="momentum", **options)
     batch = models.batch(family, task)
     tolerance = CACHED if backward == "cached" else REVERSIBLE
     compare(model, batch, tolerance, coupling="momentum", sign="random")

@@ -11,8 +11,9 @@ It states section 1 of the design a second time, so that every fast path has som
     ...     loss = peft_model(**batch).loss
 
 **Dropout.** The reference draws random numbers in the order in which calling the pretrained layers draws them: layer by
-layer, F before G, and inside a layer top to bottom. An adapter draws where its output is added: after the last
-projection of the feed-forward (or the attention) and before the model's own dropout there. A comparison with dropout
+layer, F before G, and inside a layer top to bottom. An adapter draws after the last projection of the feed-forward (or
+the attention) and before the model's own dropout there; beside the feed-forward it is added after that dropout, as in the
+paper's code. A comparison with dropout
 on therefore needs nothing but the same `torch.manual_seed` before each of the two forward passes. The inverse does not
 replay random numbers: use it without dropout.
 
@@ -139,9 +140,8 @@ def _bert_attention(layer: Any, x: Tensor, adapter: Adapter | None, kwargs: Mapp
 
 def _bert_feed_forward(layer: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
     f = layer.output.dense(layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x)))
-    if adapter is not None:
-        f = f + bottleneck(layer, adapter, x)
-    f = dropout(f, layer.output.dropout.p, layer.training)
+    beside = bottleneck(layer, adapter, x)
+    f = dropout(f, layer.output.dropout.p, layer.training) + beside
     return layer.output.LayerNorm(f + x)
 
 
@@ -160,9 +160,8 @@ def _bart_attention(layer: Any, x: Tensor, adapter: Adapter | None, kwargs: Mapp
 def _bart_feed_forward(layer: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
     inner = dropout(layer.activation_fn(layer.fc1(x)), layer.activation_dropout, layer.training)
     f = layer.fc2(inner)
-    if adapter is not None:
-        f = f + bottleneck(layer, adapter, x)
-    return layer.final_layer_norm(x + dropout(f, layer.dropout, layer.training))
+    beside = bottleneck(layer, adapter, x)
+    return layer.final_layer_norm(x + (dropout(f, layer.dropout, layer.training) + beside))
 
 
 def _opt_attention(layer: Any, x: Tensor, adapter: Adapter | None, kwargs: Mapping[str, Any]) -> Tensor:
@@ -179,9 +178,8 @@ def _opt_feed_forward(layer: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
     before = layer.do_layer_norm_before
     received = layer.final_layer_norm(x) if before else x
     f = layer.fc2(layer.activation_fn(layer.fc1(received)))
-    if adapter is not None:
-        f = f + bottleneck(layer, adapter, received)
-    x = x + dropout(f, layer.dropout, layer.training)
+    beside = bottleneck(layer, adapter, received)
+    x = x + (dropout(f, layer.dropout, layer.training) + beside)
     return x if before else layer.final_layer_norm(x)
 
 

@@ -39,6 +39,7 @@ class CallArguments:
 
     Attributes:
         outside: the tensors among the arguments that require gradients.
+        tensors: all tensors among them.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> None:
@@ -48,6 +49,7 @@ class CallArguments:
         self._leaves, self._structure = tree_flatten((args, opened))
         self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.outside = tuple(self._leaves[slot] for slot in self._slots)
+        self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
         self._recording = _recorded()
         self._fixed = not self.outside and all(map(_is_fixed, (*args, *kwargs.values())))
         self._args, self._kwargs = args, kwargs

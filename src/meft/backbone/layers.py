@@ -180,7 +180,7 @@ class ReversibleLayer(StandIn):
             torch.is_grad_enabled() and reversible_stack.in_training() and reversible_stack.reversible(position)
         )
         call = CallArguments(args, kwargs, placement.name)
-        vet = reversible and reversible_stack.vet(placement.index)
+        vet = reversible and reversible_stack.vet(placement.index, modules)
         layer = self._layer(placement, call, hidden, compiler, modules, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
         last = position == reversible_stack.depth - 1
@@ -240,7 +240,7 @@ class ReversibleLayer(StandIn):
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
         parameters = tuple(own.values())
         compiled = compiler is not None or any(map(is_compiled, modules))
-        return LayerCall(functions, parameters, call.outside, modules, tiles, vet, compiled)
+        return LayerCall(functions, parameters, call.outside, modules, call.tensors, tiles, vet, compiled)
 
     def _whole(self, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -49,7 +49,7 @@ class ReversibleStack:
     compilers: list[Compiler] = field(default_factory=list, repr=False, compare=False)
     heads: list[Any] = field(default_factory=list, repr=False, compare=False)
     _running: dict[int, Tape] = field(default_factory=dict, repr=False)
-    _vetted: set[int] = field(default_factory=set, repr=False)
+    _vetted: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
 
     @property
@@ -93,11 +93,12 @@ class ReversibleStack:
         self.compilers.append(Compiler(options))
         return self.compilers[-1]
 
-    def vet(self, index: int) -> bool:
-        """Tells once for every layer that it has not been looked at yet."""
-        if index in self._vetted:
+    def vet(self, index: int, modules: Iterable[nn.Module]) -> bool:
+        """Tells once for every layer, and again when hooks on its modules came or went, that it is to be looked at."""
+        hooks = tuple(key for m in modules for kind in (m._forward_pre_hooks, m._forward_hooks) for key in kind)
+        if self._vetted.get(index) == hooks:
             return False
-        self._vetted.add(index)
+        self._vetted[index] = hooks
         return True
 
     def tape(self, index: int, hidden: Tensor) -> Tape:
@@ -256,6 +257,7 @@ class ReversibleStack:
             anchor_every=self.plan.anchor_every,
             name=self.name,
             rebuilt=torch.is_grad_enabled() and self.in_training(),
+            first=self.plan.frozen_layers,
         )
         self._running[threading.get_ident()] = tape
         return tape

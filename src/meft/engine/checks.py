@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from meft.errors import DoubleBackwardError, MeftError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
 
+from .routes import SideAttach
 from .sharding import refuse_flat
 from .tape import Tape, version_of
 
@@ -22,7 +23,8 @@ _REENTRANT = re.compile(r"use_reentrant=True|[Cc]heckpointing is not compatible 
 def check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> None:
     """Looks for tensors in a function's graph that require gradients and would get none."""
     names = {id(tensor) for tensor in known}
-    for node in nodes_of(values):
+    above = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    for node in nodes_of(values, above):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and id(variable) not in names:
             refuse_flat(variable, tape.name)
@@ -33,6 +35,37 @@ def check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ..
                 "gradient on. Freeze that tensor (requires_grad_(False)), leave this stack out with stacks=[...], or "
                 'use backward="cached".'
             )
+
+
+def versions_of(layer: Any) -> tuple[int, ...]:
+    """Counts of in-place changes of everything that a layer reads: weights and buffers, frozen ones too, and inputs."""
+    return tuple(map(version_of, (*_state(layer), *layer.inputs)))
+
+
+def changes_of(layer: Any, before: tuple[int, ...]) -> str:
+    """Says what of a layer had changed when it was run again, as far as PyTorch counts changes."""
+    state, now = _state(layer), versions_of(layer)
+    if len(now) != len(before):
+        return "its weights were exchanged in between"
+    changed = [index for index, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+    if not changed:
+        return (
+            "its program differs (hooks that came or went, random numbers from elsewhere, state of its own, a kernel "
+            "that is not deterministic), or its weights were changed in a way that PyTorch does not count (.data, "
+            "fused optimizers)"
+        )
+    what = "weights or buffers" if changed[0] < len(state) else "inputs"
+    shape = tuple((*state, *layer.inputs)[changed[0]].shape)
+    return f"its {what} were modified in place in between ({len(changed)}, the first of shape {shape})"
+
+
+def _state(layer: Any) -> list[Tensor]:
+    return [
+        tensor
+        for module in layer.modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
 
 
 def programs_of(values: tuple[Tensor, ...]) -> tuple[type, ...]:
@@ -56,13 +89,18 @@ def check_programs(tape: Tape, first: tuple[type, ...], second: tuple[type, ...]
         )
 
 
-def nodes_of(values: tuple[Tensor, ...]) -> Iterator[Any]:
-    """Every node of the graphs that end in some values, once, in an order that depends on the graphs alone."""
+def nodes_of(values: tuple[Tensor, ...], ends: Set[Any] = frozenset()) -> Iterator[Any]:
+    """Every node of the graphs that end in some values, once, in an order that depends on the graphs alone.
+
+    Neither what lies below `ends` nor what lies below the stream that a forward run read belongs to them.
+    """
     pending = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(pending)
+    seen = {*pending, *ends}
     while pending:
         node = pending.pop()
         yield node
+        if getattr(node, "_forward_cls", None) is SideAttach:
+            continue
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)

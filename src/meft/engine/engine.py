@@ -37,16 +37,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .checks import check_backward, check_leaves, check_programs, explained, programs_of
+from .checks import (
+    changes_of,
+    check_backward,
+    check_leaves,
+    check_programs,
+    explained,
+    programs_of,
+    versions_of,
+)
 from .couplings import Step, Streams
-from .replay import RngState, Snapshot, private_graph, requiring_grad
-from .routes import Attach, Readout, Route, placeholder
+from .replay import RngState, Snapshot, private_graph, requiring_grad, without_hooks
+from .routes import Attach, Readout, Route, SideAttach, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
 from .tiles import joined, tile_of, tiles
 
@@ -66,6 +75,7 @@ class LayerCall:
         outside: tensors other than the hidden state that require gradients; given to the functions as their second
             argument, so that a recomputation can put detached ones in their place.
         modules: every module the functions run, for their training flags and buffers.
+        inputs: every tensor among the arguments, for the message if a recomputation finds another value there.
         tile_sizes: for functions that act on each token alone, how many tokens to give them at once.
         vet: look whether the functions use tensors that require gradients and are none of the above.
         compiled: whether parts of the functions are compiled, and must be the same programs in both passes.
@@ -75,6 +85,7 @@ class LayerCall:
     parameters: tuple[Tensor, ...] = ()
     outside: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
     tile_sizes: Mapping[str, int] = field(default_factory=dict)
     vet: bool = False
     compiled: bool = False
@@ -106,8 +117,10 @@ def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor
     elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
         outputs = _run_reversible(tape, layer, handles, inputs)
     else:
-        with torch.no_grad():
+        # Nothing that is known of trains here; once, and when hooks come or go, it is seen whether something else does.
+        with torch.set_grad_enabled(layer.vet):
             outputs = _run_cached(tape, layer, handles)
+        check_leaves(tape, outputs, ())
     tape.handles = (outputs[0], outputs[1])
     tape.position += 1
     visible = tape.live_handles()[tape.coupling.newest]
@@ -171,7 +184,10 @@ class _ReversibleStep(torch.autograd.Function):
         ctx.signs = ctx.step.signs(tape.shape, tape.device)
         residues: list[Tensor] = []
         further: list[Tensor] = []
-        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, ctx.outside, residues, further)
+        side = _Side(tape, below, streams, inputs[ctx.step.source])
+        ctx.checksum = tape.checksum(streams[ctx.step.target])
+        ctx.all_versions = versions_of(layer)
+        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further)
         ctx.save_for_backward(*anchor, *residues)
         tell_residues(residues)
         ctx.set_materialize_grads(False)
@@ -198,11 +214,37 @@ class _ReversibleStep(torch.autograd.Function):
         # The lowest trainable step's input gets no gradient, and no step below needs its streams.
         below = any(ctx.needs_input_grad[3:5])
         pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below, ctx.signs)
-        with requiring_grad(layer.parameters):
+        with requiring_grad(layer.parameters), without_hooks(layer.parameters):
             streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
+        tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], partial(changes_of, layer, ctx.all_versions))
         last = not below or ctx.level == 1
         tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)
+        # A hook is not called for a weight that a loss does not reach; the node reaches all, so it is given zeros.
+        for index, parameter in enumerate(layer.parameters, len(layer.outside)):
+            if rest[index] is None and parameter._backward_hooks:
+                rest[index] = torch.zeros_like(parameter)
         return None, None, None, *pending.streams, *rest
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where the forward run of a step hangs on to the graph, for activations that are caught in it.
+
+    Attributes:
+        tape: the running forward pass.
+        level: the number of steps below.
+        streams: those below the step.
+        handle: that of the stream that the step's function reads.
+    """
+
+    tape: Tape
+    level: int
+    streams: Streams
+    handle: Tensor
+
+    def attach(self, hidden: Tensor, part: slice) -> Tensor:
+        """Gives a tile of what the function reads the route of the handle."""
+        return SideAttach.apply(self.tape, self.level, self.streams, hidden, tile_of(self.handle, part))
 
 
 @dataclass
@@ -232,7 +274,7 @@ def _take_step(
     step: Step,
     streams: Streams,
     signs: Tensor | None,
-    outside: Sequence[Tensor],
+    side: _Side,
     residues: list[Tensor],
     further: list[Tensor],
 ) -> tuple[Streams, Snapshot | None]:
@@ -249,7 +291,8 @@ def _take_step(
         value = None
         if snapshot is not None:
             with torch.enable_grad(), private_graph():
-                _, values = _run(tape, layer, step, tile, outside)
+                source = side.attach if side.handle.requires_grad else None
+                _, values = _run(tape, layer, step, tile, layer.outside, source, part)
             programs += programs_of(values) if layer.compiled else ()
             value, *rest = (value.detach() for value in values)
             further += rest
@@ -313,13 +356,22 @@ def _signs_of(signs: Tensor | None, shape: torch.Size, part: slice) -> Tensor | 
 
 
 def _run(
-    tape: Tape, layer: LayerCall, step: Step, streams: Streams, outside: Sequence[Tensor]
+    tape: Tape,
+    layer: LayerCall,
+    step: Step,
+    streams: Streams,
+    outside: Sequence[Tensor],
+    attach: Callable[[Tensor, slice], Tensor] | None = None,
+    part: slice = slice(None),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Runs a step's function; returns the leaf that stands for what it read, and its values with a graph."""
+    """Runs a step's function; returns the leaf that stands for what it read, and its values with a graph.
+
+    With `attach` what it reads hangs on to the graph below instead, and the leaf means nothing.
+    """
     hidden = tape.arithmetic.decode(streams[step.source], tape.dtype).detach()
     # The leaf holds no memory, so that the hidden state lives no longer than the function needs it.
     leaf = placeholder(hidden).requires_grad_()
-    source = Attach.apply(hidden, leaf)
+    source = Attach.apply(hidden, leaf) if attach is None else attach(hidden, part)
     del hidden
     values = _call(layer, step, source, outside)
     if layer.vet:

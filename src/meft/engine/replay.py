@@ -296,6 +296,20 @@ def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Takes the hooks of leaves off: they are for the gradient that the node returns, not for its parts."""
+    hooked: list[tuple[Any, Any]] = [(parameter, parameter._backward_hooks) for parameter in parameters]
+    hooked = [(parameter, hooks) for parameter, hooks in hooked if hooks]
+    try:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
 def private_graph() -> AbstractContextManager[Any]:
     """Keeps the graph built within from saved-tensor hooks around it (offloading, checkpointing).
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .couplings import Step
+from .couplings import Step, Streams
 from .tape import Tape
 
 
@@ -26,6 +26,24 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
+
+
+class SideAttach(torch.autograd.Function):
+    """The same for the forward run of a reversible step, whose graph lives on only where an activation is caught in it.
+
+    A loss on such an activation may be all that comes back from a layer and those above it, so that the backward pass
+    has to begin here: the streams below the step are kept as long as the activation is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, level: int, streams: Streams, value: Tensor, handle: Tensor) -> Tensor:
+        ctx.tape, ctx.level, ctx.streams = tape, level, streams
+        return value.view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None, Tensor]:
+        ctx.tape.offer(ctx.level, ctx.streams)
+        return None, None, None, None, gradient
 
 
 class Route(torch.autograd.Function):

@@ -91,6 +91,7 @@ class Tape:
             that are not deterministic; None for never.
         name: what error messages call the stack.
         rebuilt: whether a backward pass is to come.
+        first: the position of the lowest coupled layer, for messages.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class Tape:
         anchor_every: int | None = None,
         name: str = "the stack",
         rebuilt: bool = True,
+        first: int = 0,
     ) -> None:
         self.coupling, self.arithmetic = coupling, arithmetic.fitted(hidden, rebuilt=rebuilt)
-        self.rebuilt = rebuilt
+        self.rebuilt, self.first = rebuilt, first
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
         # The backward pass may run in another thread, which has no context variables of this one.
         self.observer, self.drift_listener = _OBSERVER.get(), _DRIFT.get()
@@ -123,6 +125,8 @@ class Tape:
         self._shared = self.observer is not None or anchor_every is not None
         # Whether somebody else drew random numbers while a layer did.
         self.disturbed = False
+        self.offered: dict[int, Streams] = {}
+        self.differences: list[tuple[int, Tensor, Callable[[], str]]] = []
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -232,6 +236,9 @@ class Tape:
         Raises:
             ConsumedTapeError: other streams are on the tape, or none.
         """
+        offered = self.offered.pop(level, None)
+        if offered is not None and self.kept is not None and self.level > level:
+            self.kept, self.level = offered, level
         if self.kept is None or self.level != level:
             where = "are gone" if self.kept is None else f"now lie above layer {self.layer_of(self.level)}"
             raise ConsumedTapeError(
@@ -240,9 +247,29 @@ class Tape:
                 "of backward() on one forward pass do not fit that. Add the losses up and call backward() once, run "
                 'the forward pass again, or use backward="cached".'
             )
-        self.check_magnitudes()
+        if self.magnitudes:
+            # Where only a part of the stack is differentiated, no node is the last.
+            torch.autograd.Variable._execution_engine.queue_callback(self.check_magnitudes)
         kept, self.kept = self.kept, None
         return kept
+
+    def checksum(self, stream: Tensor) -> Tensor | None:
+        """One number for the bits of a stream, on its device; None where streams are not rebuilt bit for bit."""
+        if not self.arithmetic.exact or self.anchor_every is not None or on_fake_tensors():
+            return None
+        return stream.sum(dtype=torch.int64)
+
+    def compare(self, level: int, before: Tensor | None, stream: Tensor, cause: Callable[[], str]) -> None:
+        """Compares the stream that the step below a level rebuilt with its checksum, without looking at the outcome.
+
+        Args:
+            level: the number of steps below and including the one that was undone.
+            before: the checksum of the forward pass, or None.
+            stream: what was rebuilt.
+            cause: says what has changed in the layer, if it is asked.
+        """
+        if before is not None:
+            self.differences.append((level, before != stream.sum(dtype=torch.int64), cause))
 
     @property
     def in_place(self) -> bool:
@@ -262,6 +289,10 @@ class Tape:
         """Lets the backward pass begin above `level` steps, if no gradient came from further up."""
         if self.kept is not None and self.level > level:
             self.kept, self.level = (streams[0], streams[1]), level
+
+    def offer(self, level: int, streams: Streams) -> None:
+        """Leaves streams for the node below `level` steps to begin from, if no node above it has run by then."""
+        self.offered[level] = streams
 
     def anchored(self, level: int) -> bool:
         """Tells whether the streams above `level` steps, the inputs of a layer, are kept."""
@@ -289,18 +320,34 @@ class Tape:
             self.observer.rebuilt(self, layer, streams)
         self.level = level
         self.kept = None if last else anchor or streams
-        if level == 0 and not on_fake_tensors():
-            self._check_meeting(*streams)
+        if last and not on_fake_tensors():
+            self._settle(streams if level == 0 else None)
 
-    def _check_meeting(self, x1: Tensor, x2: Tensor) -> None:
+    def _settle(self, meeting: Streams | None) -> None:
+        """Looks at all that was compared, at the end of a stack's backward pass: its one synchronisation.
+
+        Args:
+            meeting: the streams below layer 0, which began as one; None where the backward pass ends above.
+        """
+        self.check_magnitudes()
+        deviation = 0.0
         if self.arithmetic.exact and self.anchor_every is None:
-            if not torch.equal(x1, x2):
-                raise ReconstructionError(_reconstruction_message(self, x1, x2))
-            deviation = 0.0
-        else:
-            deviation = relative_deviation(x1, x2)
+            flags = [differs for _, differs, _ in self.differences]
+            if meeting is not None:
+                flags.append((meeting[0] != meeting[1]).any())
+            differences, self.differences = self.differences, []
+            outcome = torch.stack(flags).tolist() if flags else []
+            for differs, (level, _, cause) in zip(outcome, differences, strict=False):
+                if differs:
+                    raise ReconstructionError(_difference_message(self, self.layer_of(level), cause()))
+            if meeting is not None and outcome[-1]:
+                raise ReconstructionError(_reconstruction_message(self, *meeting))
+        elif meeting is not None:
+            deviation = relative_deviation(*meeting)
             if not deviation <= self.drift_tolerance:
                 warnings.warn(_drift_message(self, deviation), DriftWarning, stacklevel=2)
+        if meeting is None and not self.arithmetic.exact:
+            return
         if self.drift_listener is not None:
             self.drift_listener(deviation)
 
@@ -330,20 +377,33 @@ def _expected(peaks: dict[int, float], first: int) -> float:
     return peaks[first] * math.exp(min(growth * (max(peaks) - first), 700.0))
 
 
+_DISTURBED = (
+    " The layer did not draw the same random numbers either: it ran otherwise, or something else drew from its "
+    "generator meanwhile. PyTorch has one for all threads of a process: run the passes of different threads one "
+    "after the other, switch dropout off, or give each thread a process of its own."
+)
+
+
+def _difference_message(tape: Tape, layer: int, cause: str) -> str:
+    return (
+        f"The rebuilt input of {tape.name} is not the original. Layer {tape.first + layer} returned other values in "
+        f"the recomputation than in the forward pass: {cause}. Leave weights, buffers, hooks and arguments as they are "
+        "until backward() is done; for kernels call torch.use_deterministic_algorithms(True) or choose another "
+        'attention implementation; or use backward="cached".'
+        + (_DISTURBED if tape.disturbed else "")
+        + " This step's gradients were not applied."
+    )
+
+
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
     differing = int((x1 != x2).sum())
     largest = float((tape.arithmetic.decode(x1, torch.float64) - tape.arithmetic.decode(x2, torch.float64)).abs().max())
-    numbers = (
-        " The layer did not draw the same random numbers either: it ran otherwise, or something else drew from its "
-        "generator meanwhile. PyTorch has one for all threads of a process: run the passes of different threads one "
-        "after the other, switch dropout off, or give each thread a process of its own."
-    )
     return (
         f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up to "
         f"{largest:.3g}. A layer returned other values in the recomputation than in the forward pass; the likely cause "
         "is a nondeterministic kernel, random numbers from outside PyTorch's generators, or state that changed in "
         "between. Call torch.use_deterministic_algorithms(True), choose another attention implementation, or use "
-        'backward="cached".' + (numbers if tape.disturbed else "") + " This step's gradients were not applied."
+        'backward="cached".' + (_DISTURBED if tape.disturbed else "") + " This step's gradients were not applied."
     )
 
 
