@@ -26,10 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parsing": {"errors", "options"},
     "loading": {"errors", "storage", "parsing"},
     "backbone": {"errors", "loss", "engine", "options"},
-    "tuner": {"errors", "loss", "engine", "options", "backbone"},
+    "tuner": {"errors", "storage", "loss", "engine", "options", "backbone"},
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
     "methods": {"errors", "engine", "options", "parsing", "backbone", "tuner"},
-    "memory": {"errors", "storage", "engine", "options", "backbone", "methods"},
+    "memory": {"errors", "storage", "engine", "options", "loading", "backbone", "methods"},
     "training": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory"),

@@ -17,8 +17,8 @@ from transformers import (
     ViTConfig,
 )
 
+from meft.loading.tasks import TASK_MODELS
 from meft.memory import MemoryReport, measure
-from meft.memory.estimation.blueprint import TASK_MODELS
 from meft.memory.estimation.fake import offloaded
 from meft.methods.registry import OFFLOAD, read_way
 

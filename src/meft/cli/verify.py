@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
@@ -18,9 +17,9 @@ from meft.backbone.conversion import make_reversible
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
-from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
-from meft.loading.models import load_adapter
+from meft.loading.folders import adapter_config, is_adapter, load_adapter, trained_labels
 from meft.loading.pretrained import load_pretrained
+from meft.loading.tasks import TOKEN_TASKS
 from meft.methods.arguments import MeftArguments
 from meft.methods.registry import PLAIN_METHODS, apply_method
 from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
@@ -49,7 +48,7 @@ class VerifyArguments:
     base_model_name_or_path: str | None = option(
         "For an adapter: its base model, when it is no longer where the adapter says."
     )
-    task_type: str | None = option(f"The task head: {', '.join(TASK_MODELS)}. Left out: the checkpoint's own.")
+    task_type: str | None = option(f"The task head: {', '.join(TOKEN_TASKS)}. Left out: the checkpoint's own.")
     batch_size: int = option("Rows of the batch; all but the first are padded.", 2)
     seq_length: int = option("Tokens of a row.", 64)
     text_file: str | None = option("A file with a text a line, instead of random tokens.")
@@ -69,7 +68,7 @@ class VerifyArguments:
         if self.under is not None:
             check_choice("under", self.under, COUPLINGS)
         if self.task_type is not None:
-            check_choice("task_type", self.task_type, tuple(TASK_MODELS))
+            check_choice("task_type", self.task_type, TOKEN_TASKS)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seq_length", self.seq_length, 2)
         if self.figure is not None:
@@ -142,7 +141,7 @@ def _from_adapter(
 ) -> tuple[nn.Module, Any, str]:
     """A trained adapter on its base model, made trainable again."""
     path = model_arguments.model_name_or_path
-    config = PeftConfig.from_pretrained(path)
+    config = adapter_config(Path(path))
     task_type = str(config.task_type or arguments.task_type or "FEATURE_EXTRACTION").removeprefix("TaskType.")
     base_name = arguments.base_model_name_or_path or str(config.base_model_name_or_path)
     is_meft = config.peft_type == MEFT
@@ -155,7 +154,7 @@ def _from_adapter(
             f"Leave --{refused[0]} out, or give the base model {base_name} instead."
         )
     base, _ = load_pretrained(model_arguments, base_name, task_type, num_labels=trained_labels(Path(path)))
-    model = load_adapter(base, path, base_name)
+    model = load_adapter(base, Path(path), base_name=base_name)
     model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
     if is_meft:
         return model, base, task_type

@@ -15,7 +15,7 @@ from meft.backbone.conversion import make_reversible
 from meft.errors import ConfigError, DataError
 from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
-from meft.loading.folders import is_adapter
+from meft.loading.folders import adapter_config, is_adapter, load_adapter
 from meft.methods.registry import Way, apply_method, read_way
 from meft.options import FUNCTION, METHOD, options_of
 from meft.storage.files import read_json
@@ -141,7 +141,7 @@ def prepare_evaluation(
     name = loading.absolute(model_arguments.model_name_or_path)
     base_name = name
     if is_adapter(name):
-        said = loading.load_adapter_config(name, kind.task_type).base_model_name_or_path
+        said = adapter_config(Path(name), kind.task_type).base_model_name_or_path
         base_name = loading.absolute(base or said or "")
     config = loading.load_config(model_arguments, base_name, kind.what)
     labels = read_task_file(name).get("labels")
@@ -155,7 +155,7 @@ def prepare_evaluation(
         loading.check_trained(name, new_modules)
         model = plain
     else:
-        model = loading.load_adapter(plain, name, base_name)
+        model = load_adapter(plain, Path(name), base_name=base_name)
     if method is not None:
         _as_trained(model, name, method)
     return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded))
