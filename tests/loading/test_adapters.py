@@ -104,9 +104,7 @@ def test_pickles_are_refused(reader: str, runs: dict[str, Path], tmp_path: Path)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"its weights in adapter_model\.bin, a pickle, .* save it anew with save_"
-    ):
+    with pytest.raises(CheckpointError, match=r"its weights in adapter_model\.bin, a pickle, .* save it anew with"):
         READERS[reader](tmp_path / "adapter", tmp_path / "out")
 
 

@@ -21,7 +21,7 @@ from meft.methods.arguments import OptionArguments
 from meft.methods.registry import COMPARED, NAMED, own_options, read_way
 from meft.parsing import option
 from meft.storage.files import write_json
-from meft.storage.results import format_bytes, now, versions
+from meft.storage.results import format_bytes, provenance
 
 ALL = "all"
 Failure = BudgetError | UnsupportedModelError
@@ -218,9 +218,7 @@ def _progress(names: Sequence[str]) -> Iterator[Callable[[str], Callable[[str], 
 def _record(found: Sequence[MemoryEstimate], failed: Mapping[str, Failure], command: str) -> dict[str, Any]:
     return {
         "kind": "meft estimate",
-        "command": command,
-        "date": now(),
+        **provenance(command),
         "estimates": [report.as_dict() for report in found],
         "left_out": {name: str(error) for name, error in failed.items()},
-        "versions": versions(),
     }

@@ -26,7 +26,7 @@ from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_
 from meft.parsing import option, parse
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
-from meft.storage.results import hardware, now, versions
+from meft.storage.results import provenance
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
 from meft.verification.batches import random_batch, text_batch
@@ -174,10 +174,4 @@ def _device(name: str | None) -> torch.device:
 
 
 def _record(report: VerifyReport, command: str) -> dict[str, Any]:
-    return {
-        **report.as_dict(),
-        "command": command,
-        "date": now(),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
+    return {**report.as_dict(), **provenance(command)}

@@ -39,6 +39,11 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """What every file of results says of where it comes from: the command, the time, the versions, the machine."""
+    return {"command": command, "date": now(), "versions": versions(), "hardware": hardware()}
+
+
 def summary_table(results: Mapping[str, Any]) -> Table:
     """The table printed at the end of a run."""
     table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")

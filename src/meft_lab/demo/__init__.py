@@ -21,7 +21,7 @@ from rich.console import Console
 from meft.errors import ConfigError, MissingPackageError, OutputFolderError
 from meft.methods.registry import NAMED, WAYS
 from meft.storage.files import STAGING_PREFIX, is_kind, publish_files, staged, write_json
-from meft.storage.results import hardware, now, versions
+from meft.storage.results import provenance
 from meft_lab.tasks.docstrings import Docstrings, collect
 
 from .report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
@@ -78,8 +78,6 @@ def run(
         entrants = compete(pretrained, task, settings, methods, progress)
     results: dict[str, Any] = {
         "kind": KIND,
-        "command": command,
-        "date": now(),
         "seconds": round(time.perf_counter() - started, 1),
         "labels": list(task.labels),
         "labels_left_out": task.left_out,
@@ -89,8 +87,7 @@ def run(
         "settings": vars(settings),
         "model": pretrained.name if model_folder is not None else f"{PACKAGE} {metadata.version(PACKAGE)}",
         "methods": rows_of(entrants, len(task.validation)),
-        "versions": versions(),
-        "hardware": hardware(),
+        **provenance(command),
     }
     with staged(folder, "demo") as staging:
         draw(results).savefig(staging / FIGURE_FILE)

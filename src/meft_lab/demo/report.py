@@ -9,12 +9,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from meft.memory.measurement.causes import CAUSES
 from meft.methods.registry import read_way
 from meft.storage.results import format_bytes
+from meft.storage.terminal import progress_bar as bar
 from meft_lab.tasks.docstrings import Docstrings
 
 KIND, RESULTS_FILE, FIGURE_FILE = "meft demo", "results.json", "meft-demo.png"
@@ -130,7 +131,6 @@ def describe(task: Docstrings, steps: int, batch_size: int) -> str:
 
 def progress_bar(console: Console, total: int) -> Progress:
     """A bar with one task, which `meft_lab.demo.training.compete` describes and advances."""
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True)
+    progress = bar(console, width=20)
     progress.add_task("loading", total=total)
     return progress

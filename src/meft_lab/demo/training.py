@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from meft.errors import ConfigError
-from meft.loading.models import quiet_transformers
+from meft.loading.arguments import ModelArguments
+from meft.loading.models import load_tokenizer, read_model
 from meft.memory.measurement.measure import measure
 from meft.methods.registry import Way, count_parameters, read_way
 from meft.verification.deployment import uncoupled
@@ -118,8 +119,7 @@ def compete(
 
 def _enter(method: str, pretrained: Path, task: Docstrings, settings: Settings) -> Entrant:
     torch.default_generator.manual_seed(settings.seed)  # the same head for everyone
-    with quiet_transformers():
-        base = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=len(task.labels))
+    base, _ = read_model(str(pretrained), AutoModelForSequenceClassification, num_labels=len(task.labels))
     way = read_way(method)
     if way.takes("modules_to_save"):
         way = read_way(method, {"modules_to_save": HEAD})
@@ -177,8 +177,7 @@ def _peak(entrant: Entrant, batch: dict[str, Tensor]) -> dict[str, int]:
 
 def _encode(pretrained: Path, examples: Sequence[Example], settings: Settings) -> dict[str, Tensor]:
     """All texts as tensors of one shape, so that every step costs the same."""
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = load_tokenizer(ModelArguments(str(pretrained)), str(pretrained))
     if settings.max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"max_length is {settings.max_length}; this model takes at most {tokenizer.model_max_length} tokens."
