@@ -110,7 +110,7 @@ def test_ia3_refuses_an_attention_without_keys_and_values() -> None:
     model = classifier(XLMR)
     model.roberta.encoder.layer[1].attention.self.value = nn.Identity()
     with pytest.raises(
-        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1, a "
+        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1 of RobertaM"
     ):
         apply_method(model, "ia3", task_type="SEQ_CLS")
 
