@@ -120,5 +120,5 @@ def test_packages_add_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "Ada Ada  meft greet\n"
     commands.show()
     assert "greet" in (out := capsys.readouterr().out) and "Greet somebody." in out
-    with pytest.raises(ConfigError, match="Argument --times: invalid int value: 'x'. See meft greet --help"):
+    with pytest.raises(ConfigError, match=r"Argument --times: invalid int value: .x.\. See meft greet --help"):
         commands.run(["greet", "Ada", "--times=x"], "")
