@@ -97,7 +97,9 @@ def check_place(name: str) -> None:
     """
     if _LOCAL.match(name) and not Path(name).is_dir():
         what = "is a file" if Path(name).exists() else "does not exist"
-        raise CheckpointError(f"{name}, where a model should be, {what}. Give its folder or its name on the hub.")
+        raise CheckpointError(
+            f"{name}, where the model should be, {what}. Give a model's folder or its name on the hub."
+        )
 
 
 def load_config(arguments: ModelArguments, name: str, what: str | None = None) -> PretrainedConfig:
