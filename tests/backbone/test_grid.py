@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def test_nothing_overflows_by_default(coupling: str, dtype: torch.dtype) -> None
     model = meft.make_reversible(copy.deepcopy(plain).train(), coupling)
     cached = meft.make_reversible(copy.deepcopy(plain).train(), coupling, backward="cached")
     found, wanted = gradients(model), gradients(cached)
-    assert (found - wanted).norm() <= 1e-8 * wanted.norm()  # but for the order of sums
+    order_of_sums = 1e-8 if dtype == torch.float32 else 1e-4
+    assert (found - wanted).norm() <= order_of_sums * wanted.norm()
     model.eval()
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
@@ -125,7 +127,8 @@ def test_the_forward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         before = getattr(torch.Tensor, name)
 
         def watched(self: torch.Tensor, *args: Any, before: Any = before, name: str = name) -> Any:
-            if self.device.type != "meta" and "meft" in str(__import__("sys")._getframe(1).f_code.co_filename):
+            caller = sys._getframe(1).f_code.co_filename
+            if "meft/engine" in caller or "meft/backbone" in caller:
                 looked.append(name)
             return before(self, *args)
 

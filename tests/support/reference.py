@@ -12,8 +12,8 @@ It states section 1 of the design a second time, so that every fast path has som
 
 **Dropout.** The reference draws random numbers in the order in which calling the pretrained layers draws them: layer by
 layer, F before G, and inside a layer top to bottom. An adapter draws after the last projection of the feed-forward (or
-the attention) and before the model's own dropout there; beside the feed-forward it is added after that dropout, as in the
-paper's code. A comparison with dropout
+the attention) and before the model's own dropout there; beside the feed-forward it is added after that dropout, as in
+the paper's code. A comparison with dropout
 on therefore needs nothing but the same `torch.manual_seed` before each of the two forward passes. The inverse does not
 replay random numbers: use it without dropout.
 
@@ -340,7 +340,8 @@ def coupled_hidden(
 ) -> Tensor:
     """The hidden state after a whole stack.
 
-    The first `frozen_layers` run as pretrained, without gradients; both streams start from what they return. The last
+    The first `frozen_layers` run as pretrained; both streams start from what they return. Gradients pass through them
+    to what is trained below or beside them, such as the encoder of a decoder's frozen layers. The last
     `cached_layers` compute what reversible ones compute, so here, where every activation is stored, they are the same.
     The coupling "adapter" has no streams: h = layer with parallel adapter f (h), then h = h + adapter g (h).
 
@@ -354,9 +355,8 @@ def coupled_hidden(
     assert frozen_layers + cached_layers <= len(parts)
     kwargs = layer_kwargs or {}
     frozen, reversible = parts[:frozen_layers], parts[frozen_layers:]
-    with torch.no_grad():
-        for part in frozen:
-            hidden = whole_layer(part.layer, hidden, None, kwargs)
+    for part in frozen:
+        hidden = whole_layer(part.layer, hidden, None, kwargs)
     if coupling == "adapter":
         for part in reversible:
             hidden = adapted_layer(part.layer, hidden, part, kwargs)

@@ -26,10 +26,13 @@ def check_leaves(tape: Tape, values: tuple[Tensor, ...], known: tuple[Tensor, ..
     above = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     for node in nodes_of(values, above):
         variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in names:
-            refuse_flat(variable, tape.name)
+        left_behind = getattr(node, "_forward_cls", None) is SideAttach
+        if left_behind or (isinstance(variable, Tensor) and id(variable) not in names):
+            shape = tape.shape if left_behind or variable is None else variable.shape
+            if variable is not None:
+                refuse_flat(variable, tape.name)
             raise UnsupportedModelError(
-                f"A layer of {tape.name} uses a tensor of shape {tuple(variable.shape)} that requires "
+                f"A layer of {tape.name} uses a tensor of shape {tuple(shape)} that requires "
                 "gradients but is neither one of its parameters nor among its arguments (another module's weight, or "
                 "something that an earlier layer or run left behind), so a reversible layer could not pass its "
                 "gradient on. Freeze that tensor (requires_grad_(False)), leave this stack out with stacks=[...], or "

@@ -376,7 +376,7 @@ def _run(
     values = _call(layer, step, source, outside)
     if layer.vet:
         # The second run as well: what the first left behind would give the right values, and gradients that go astray.
-        check_leaves(tape, values, (leaf, *outside, *layer.parameters))
+        check_leaves(tape, values, (leaf, source, *outside, *layer.parameters))
     return leaf, values
 
 

@@ -195,18 +195,25 @@ class Tape:
             self.check_magnitudes()
         return output
 
-    def check_magnitudes(self) -> None:
-        """Looks at every layer's largest magnitude at once: the only synchronisation of a step.
+    def _look_at_magnitudes(self) -> None:
+        self.check_magnitudes()
+
+    def check_magnitudes(self, flags: Sequence[Tensor] = ()) -> list[bool]:
+        """Looks at every layer's largest magnitude at once, and at flags with them: the only synchronisation of a step.
+
+        Returns:
+            The flags.
 
         Raises:
-            StreamOverflowError: one of them is too large or not finite.
+            StreamOverflowError: one of the magnitudes is too large or not finite.
         """
         if not self.magnitudes:
-            return
+            return torch.stack(list(flags)).tolist() if flags else []
         reach = self.coupling.reach(self.arithmetic)
         reached = reach if isinstance(reach, Tensor) else torch.tensor(reach, device=self.device)
         found = [value.to(self.device, torch.float32) for _, value in self.magnitudes]
-        *values, reach = torch.stack([*found, reached]).tolist()
+        *values, reach = torch.stack([*(flag.to(torch.float32) for flag in flags), *found, reached]).tolist()
+        raised, values = [bool(value) for value in values[: len(flags)]], values[len(flags) :]
         peaks: dict[int, float] = {}
         for (layer, _), value in zip(self.magnitudes, values, strict=True):
             before = peaks.get(layer, 0.0)
@@ -219,6 +226,7 @@ class Tape:
                 f"Hidden states of {self.name}, layers {min(bad)} to {max(bad)}, do not fit the fixed-point streams. "
                 + self.arithmetic.overflow_advice(peaks[min(bad)], _expected(peaks, min(bad)), reach)
             )
+        return raised
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -249,7 +257,7 @@ class Tape:
             )
         if self.magnitudes:
             # Where only a part of the stack is differentiated, no node is the last.
-            torch.autograd.Variable._execution_engine.queue_callback(self.check_magnitudes)
+            torch.autograd.Variable._execution_engine.queue_callback(self._look_at_magnitudes)
         kept, self.kept = self.kept, None
         return kept
 
@@ -329,14 +337,14 @@ class Tape:
         Args:
             meeting: the streams below layer 0, which began as one; None where the backward pass ends above.
         """
-        self.check_magnitudes()
         deviation = 0.0
-        if self.arithmetic.exact and self.anchor_every is None:
-            flags = [differs for _, differs, _ in self.differences]
-            if meeting is not None:
-                flags.append((meeting[0] != meeting[1]).any())
+        exact = self.arithmetic.exact and self.anchor_every is None
+        flags = [differs for _, differs, _ in self.differences]
+        if exact and meeting is not None:
+            flags.append((meeting[0] != meeting[1]).any())
+        outcome = self.check_magnitudes(flags)
+        if exact:
             differences, self.differences = self.differences, []
-            outcome = torch.stack(flags).tolist() if flags else []
             for differs, (level, _, cause) in zip(outcome, differences, strict=False):
                 if differs:
                     raise ReconstructionError(_difference_message(self, self.layer_of(level), cause()))

@@ -7,6 +7,7 @@ takes the layer as a black box, as long as their feed-forward has a usual name (
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -96,6 +97,11 @@ def ends_in_norm(layer: nn.Module, width: int) -> bool:
     feed-forward block where the table knows one, the whole layer otherwise. A layer that does not run so counts as one
     that does not end in a norm.
     """
+    try:
+        # What the layer keeps of a run, it keeps on the copy, which shares the weights alone.
+        layer = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    except Exception:
+        return False
     known = architecture_of(layer)
     if known is None or known.refuses(layer) is not None:
         return last_is_norm(layer, layer, width)
