@@ -144,7 +144,10 @@ def load_adapter(
     except MeftError as error:
         if error.__cause__ is None:
             raise
-        raise _misfit(adapter, name, first_line(error.__cause__)) from error
+        cause = error.__cause__
+        # PEFT looks the weights of a task head up by their names.
+        reason = f"its weights {cause.args[0]} are missing." if isinstance(cause, KeyError) else first_line(cause)
+        raise _misfit(adapter, name, reason) from error
     except (RuntimeError, TypeError, AttributeError) as error:
         raise _misfit(adapter, name, first_line(error)) from error
     missing, needless = compare_weights(model, adapter)
