@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meft.errors import ConfigError
-from meft.methods.registry import COUPLED_METHODS
+from meft.methods.table import COUPLED_METHODS
 from meft.options import check_choice, check_integer
 from meft.parsing import option
 
