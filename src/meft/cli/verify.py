@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftType
 from rich.console import Console
 from torch import nn
 
@@ -150,7 +151,7 @@ def _from_adapter(
     refused += ["under"] if is_meft and arguments.under is not None else []
     if refused:
         raise ConfigError(
-            f"{refused[0]} was given, but {path} is an adapter of {config.peft_type.value}, which has its own options. "
+            f"{refused[0]} was given, but {path} is an adapter of {PeftType(config.peft_type).value}, which has its own options. "
             f"Leave --{refused[0]} out, or give the base model {base_name} instead."
         )
     base, _ = load_pretrained(model_arguments, base_name, task_type, num_labels=trained_labels(Path(path)))
@@ -158,8 +159,8 @@ def _from_adapter(
     model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
     if is_meft:
         return model, base, task_type
-    given = method.options().given()
-    coupling = {name: value for name, value in given.items() if name in _COUPLING_OPTIONS}
+    chosen = method.options().given()
+    coupling = {name: value for name, value in chosen.items() if name in _COUPLING_OPTIONS}
     return make_reversible(model, coupling=arguments.under or "momentum", **coupling), base, task_type
 
 

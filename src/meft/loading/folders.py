@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -135,7 +135,7 @@ def load_adapter(
     check_weights(adapter)
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise CheckpointError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, so it is no whole adapter. Copy it again.")
-    name = base_name or base.name_or_path
+    name = base_name or str(base.name_or_path)
     try:
         with loading(str(adapter)), warnings.catch_warnings():
             # What is missing is told below, with a name.
@@ -166,7 +166,7 @@ def compare_weights(model: PeftModel, adapter: Path) -> tuple[list[str], list[st
     with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
         found = set(weights.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(model.peft_config["default"].peft_type))
     needless = {name for name in found - expected if prefix is not None and prefix in name}
     return sorted(expected - found), sorted(needless)
 
