@@ -151,8 +151,8 @@ def _from_adapter(
     refused += ["under"] if is_meft and arguments.under is not None else []
     if refused:
         raise ConfigError(
-            f"{refused[0]} was given, but {path} is an adapter of {PeftType(config.peft_type).value}, which has its own options. "
-            f"Leave --{refused[0]} out, or give the base model {base_name} instead."
+            f"{refused[0]} was given, but {path} is an adapter of {PeftType(config.peft_type).value}, which has its own "
+            f"options. Leave --{refused[0]} out, or give the base model {base_name} instead."
         )
     base, _ = load_pretrained(model_arguments, base_name, task_type, num_labels=trained_labels(Path(path)))
     model = load_adapter(base, Path(path), base_name=base_name)
