@@ -83,4 +83,4 @@ def first_line(error: BaseException) -> str:
 
 
 class InterruptedRunError(Exception):
-    """Ctrl-C in a training; of its own kind because typer makes `Aborted!` of a KeyboardInterrupt."""
+    """Ctrl-C in a training; what was done so far is kept."""

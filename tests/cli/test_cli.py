@@ -67,7 +67,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert run("train", *words, "--method=meft9", f"--output_dir={tmp_path / 'run'}") == 2
     shown = capsys.readouterr()
     assert shown.err == (
-        "Error: method is 'meft9'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum.\n"
+        "Error: method is 'meft9'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum; "
+        "full, lora, ia3, bitfit may stand on a reversible backbone (+meft1, +meft2, +meft3, +momentum: lora+momentum)"
+        ", and "
+        "full, lora, ia3, bitfit, adapter may be followed by +checkpointing or +offload.\n"
     )
     assert shown.out == ""
     assert run("train", "--taks=rte") == 2

@@ -11,7 +11,7 @@ import pytest
 import meft
 from meft.cli import main
 from meft.errors import UnsupportedModelError
-from meft.memory.estimation.recipes import Recipe
+from meft.methods.registry import Way
 from support.memory_families import small_config
 
 
@@ -90,13 +90,13 @@ def test_the_answer_to_a_budget_for_one_method(folder, capsys, monkeypatch) -> N
 
 
 def test_what_cannot_be_estimated_is_said_beside_the_rest(folder, capsys, monkeypatch) -> None:
-    def apply(self: Recipe, *arguments: Any) -> Any:
+    def apply(self: Way, *arguments: Any) -> Any:
         if self.name == "meft3":
             raise UnsupportedModelError("This model does not split.")
         return applied(self, *arguments)
 
-    applied = Recipe.apply
-    monkeypatch.setattr(Recipe, "apply", apply)
+    applied = Way.apply
+    monkeypatch.setattr(Way, "apply", apply)
 
     code, out, _ = run(capsys, monkeypatch, folder, "--method", "meft1 meft3", "--seq_len=16")
 
@@ -120,8 +120,8 @@ def test_a_budget_that_fits_for_no_method(folder, capsys, monkeypatch) -> None:
         (["--method", ""], "method is ''; give all, or one or more of full,"),
         (["--method=lora", "--budget=lots"], "budget is 'lots', which is no size."),
         (["--method=lora", "--lora_rank"], "Argument --lora_rank: expected one argument. See meft estimate --help."),
-        (["--method=lora", "stray"], "'stray' was not understood. Options of a method are given as"),
-        (["--method=lora", "--depth=3"], "Unknown option 'depth'; the options of a method are"),
+        (["--method=lora", "stray"], "Unknown argument 'stray'. --help lists the arguments."),
+        (["--method=lora", "--lora_ranks=3"], "Unknown argument '--lora_ranks=3'. Did you mean --lora_rank or"),
         (["--method=lora", "--json=/no/such/folder/x.json"], "The folder of '/no/such/folder/x.json' does not exist."),
         (["--method=full", "--seq_len=9999"], "seq_len is 9999, but"),
     ],

@@ -16,7 +16,7 @@ from meft.engine.arithmetic import FixedPoint, FloatArithmetic
 from meft.engine.couplings import Step, make_coupling
 from meft.engine.engine import LayerCall, Tape, finish, run_layer
 from meft.errors import ConfigError
-from meft.methods.registry import MethodOptions, apply_method, check_method
+from meft.methods.registry import apply_method, read_way
 from support import models
 from support.peft_helpers import (
     TASK_OF,
@@ -365,7 +365,7 @@ def test_as_an_option_of_a_method() -> None:
     model = apply_method(models.build("bert"), "momentum", task_type="SEQ_CLS", sign="random")
     assert model.peft_config["default"].sign == "random"
     with pytest.raises(ConfigError, match="sign is 'random', but method 'meft1' has no such option"):
-        check_method("meft1", MethodOptions(sign="random"))
+        read_way("meft1", {"sign": "random"})
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

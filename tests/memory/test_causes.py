@@ -154,7 +154,7 @@ def test_causes_sum_to_the_peak(method: str, family: str, task: str) -> None:
     assert sum(report.activation_causes.values()) == report.activation_peak_bytes
     assert report.activation_causes[GRADIENTS] == 0
     kept = {cause for cause in (SAVED, RESIDUES) if report.activation_causes[cause]}
-    assert kept == ({RESIDUES} if method in meft.methods.registry.COUPLED_METHODS else {SAVED})
+    assert kept == ({RESIDUES} if method in meft.methods.table.COUPLED_METHODS else {SAVED})
 
 
 @pytest.mark.parametrize("coupling", ["meft1", "momentum"])

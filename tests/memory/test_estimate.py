@@ -17,8 +17,8 @@ from meft.errors import CheckpointError, ConfigError, MeftWarning, UnsupportedMo
 from meft.memory import BudgetError, MemoryEstimate
 from meft.memory.estimation.blueprint import Blueprint, read_blueprint
 from meft.memory.estimation.predict import Predictor, optimizer_bytes
-from meft.memory.estimation.recipes import RECIPES, read_recipe
 from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
+from meft.methods.registry import COMPARED, read_way
 from support.memory_families import real_step, small_config
 
 SMALL: dict[str, Any] = {"batch_size": 2, "seq_len": 32, "dtype": "float32", "device": "cpu"}
@@ -61,7 +61,7 @@ def test_the_report_prints_a_table_by_cause_and_the_code() -> None:
     assert 'get_peft_model(base, meft.MeftConfig(task_type="SEQ_CLS", coupling="momentum", gamma=0.125))' in text
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", COMPARED)
 def test_every_recipe_runs_and_its_code_is_python(method: str) -> None:
     report = estimate(method=method)
 
@@ -99,8 +99,8 @@ def read(config: PretrainedConfig, task_type: str | None = None, **options: Any)
 )
 def test_carried_on_from_few_layers_is_what_all_layers_give(family: str, method: str) -> None:
     blueprint = read(small_config(family, layers=8))
-    few = Predictor(blueprint, read_recipe(method, {}), None, 1)
-    every = Predictor(blueprint, read_recipe(method, {}), None, 1)
+    few = Predictor(blueprint, read_way(method, {}), None, 1)
+    every = Predictor(blueprint, read_way(method, {}), None, 1)
     every.whole = True
 
     assert few.at(2, 24) == every.at(2, 24)
@@ -120,7 +120,7 @@ def test_layers_that_are_not_alike_are_all_run(index: int, monkeypatch: pytest.M
         return model
 
     monkeypatch.setattr(Blueprint, "build", uneven)
-    predictor = Predictor(read(config), read_recipe("full", {}), None, 1)
+    predictor = Predictor(read(config), read_way("full", {}), None, 1)
 
     predictor.at(2, 24)
 
@@ -134,7 +134,7 @@ def test_layers_that_turn_out_not_to_be_alike_are_all_run(monkeypatch: pytest.Mo
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 8, "layer_types": [*["full_attention", "sliding_attention"] * 4, "full_attention"]}
     config = Qwen2Config(**sizes, **windows, use_sliding_window=True, num_hidden_layers=9, vocab_size=100)
-    predictor = Predictor(read(config), read_recipe("full", {}), None, 1)
+    predictor = Predictor(read(config), read_way("full", {}), None, 1)
 
     predictor.at(2, 24)
 
@@ -344,7 +344,7 @@ def test_places_without_a_configuration(tmp_path: Path) -> None:
         (missing, CheckpointError, f"{missing} does not exist. Give a model's folder, its config.json, or its name on"),
         (empty, CheckpointError, f"{empty} has no config.json, so it holds no model that could be built. Give a model"),
         (adapter, CheckpointError, f"{adapter} has no config.json, so it holds no model that could be built. It is an"),
-        (broken, CheckpointError, "The configuration of"),
+        (broken, CheckpointError, f"{broken} could not be loaded: "),
         (tmp_path / "other.json", UnsupportedModelError, "is no model that Transformers"),
     ]:
         with pytest.raises(kind) as caught:
@@ -354,7 +354,7 @@ def test_places_without_a_configuration(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="The configuration of no-such-owner/no-such-model could not be loaded"):
+    with pytest.raises(CheckpointError, match="no-such-owner/no-such-model could not be loaded"):
         meft.estimate("no-such-owner/no-such-model", method="lora", **SMALL)
 
 

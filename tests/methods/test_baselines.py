@@ -25,9 +25,8 @@ from transformers import (
 
 import meft
 from meft.errors import ConfigError, UnsupportedModelError
-from meft.memory.estimation.recipes import read_recipe
 from meft.methods.baselines import ia3_config
-from meft.methods.registry import PLAIN_METHODS, apply_method
+from meft.methods.registry import PLAIN_METHODS, apply_method, read_way
 from support.models import batch, build
 from support.tiny import evaluate, make_model, make_rte, train
 
@@ -111,7 +110,7 @@ def test_ia3_refuses_an_attention_without_keys_and_values() -> None:
     model = classifier(XLMR)
     model.roberta.encoder.layer[1].attention.self.value = nn.Identity()
     with pytest.raises(
-        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1, a "
+        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1 of RobertaM"
     ):
         apply_method(model, "ia3", task_type="SEQ_CLS")
 
@@ -155,7 +154,7 @@ def test_a_coupling_goes_under_the_method(method: str) -> None:
     model = apply_method(build("bert"), method, task_type="SEQ_CLS")
     meft.make_reversible(model, coupling="momentum")
     assert meft.verify(model, batch("bert")).passed()
-    assert method in PLAIN_METHODS and read_recipe(f"{method}+momentum", {}).coupled
+    assert method in PLAIN_METHODS and read_way(f"{method}+momentum", {}).coupled
 
 
 @pytest.mark.parametrize("method", ["ia3", "bitfit"])

@@ -6,7 +6,7 @@ import torch
 
 import meft
 from meft.errors import ConfigError, UnsupportedModelError
-from meft.methods.registry import METHODS, MethodOptions, apply_method, check_method, count_parameters
+from meft.methods.registry import METHODS, apply_method, count_parameters, read_way
 from support.models import batch, build
 
 HIDDEN, LAYERS, LABELS = 16, 3, 3
@@ -96,7 +96,8 @@ def test_modules_to_save_are_trained_beside_the_head() -> None:
         (
             "meft4",
             {},
-            "method is 'meft4'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum.",
+            "method is 'meft4'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum; "
+            "full, lora, ia3, bitfit may stand on a reversible backbone",
         ),
         ("ia3", {"frozen_layers": 1}, "frozen_layers is 1, but method 'ia3' has no such option; it belongs to adapter"),
         ("bitfit", {"arithmetic": "exact"}, "arithmetic is 'exact', but method 'bitfit' has no such option; it "),
@@ -104,20 +105,20 @@ def test_modules_to_save_are_trained_beside_the_head() -> None:
             "lora",
             {"gamma": 0.25},
             "gamma is 0.25, but method 'lora' has no such option; it belongs to momentum. Leave gamma out or choose "
-            "one of those methods.",
+            r"one of those methods, or lora\+momentum\.",
         ),
         ("full", {"frozen_layers": 2}, "frozen_layers is 2, but method 'full' has no such option; it belongs to "),
         ("momentum", {"lam": 0.1}, "lam is 0.1, but method 'momentum' has no such option; it belongs to meft1, "),
         (
             "full",
             {"modules_to_save": ("a",)},
-            r"modules_to_save is \('a',\), but method 'full' trains and saves every ",
+            r"modules_to_save is \('a',\), but method 'full' has no such option; it belongs to lora, ia3, bitfit, ",
         ),
     ],
 )
 def test_what_a_method_lacks_is_refused(method: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_method(method, MethodOptions(**options))
+        read_way(method, options)
     with pytest.raises(ConfigError, match=message):
         apply_method(small(), method, task_type="SEQ_CLS", **options)
 

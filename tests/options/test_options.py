@@ -19,10 +19,11 @@ from peft import PeftModel, get_peft_model
 
 import meft
 from meft.backbone.plan import Plan
-from meft.cli.estimate import _options as estimate_options
+from meft.cli.estimate import EstimateArguments
 from meft.errors import ConfigError
-from meft.memory.estimation.recipes import read_recipe
-from meft.methods.registry import MethodOptions, apply_method
+from meft.methods.arguments import OptionArguments
+from meft.methods.registry import apply_method, read_way
+from meft.methods.table import MethodOptions
 from meft.options import CONFIG, FUNCTION, METHOD, OPTIONS, options_of, reference_page
 from meft.training import TRAIN_TYPES
 from meft.training.arguments import MeftArguments, flat, parse
@@ -31,6 +32,10 @@ from support import models
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 SOURCE = Path(meft.__file__).parent
 BASE = {"coupling": "momentum"}
+
+
+def estimate_options(words: list[str]) -> dict[str, Any]:
+    return parse((EstimateArguments, OptionArguments), ["m", *words], command="estimate")[1].given()
 
 
 def typed(*words: str) -> MeftArguments:
@@ -57,10 +62,11 @@ del sys.modules["meft"]
 import meft
 from peft import PeftModel, get_peft_model
 from support import models
-from meft.cli.estimate import _options
+from meft.cli.estimate import EstimateArguments
+from meft.methods.arguments import OptionArguments
 from meft.cli.verify import VerifyArguments, _from_base
 from meft.errors import ConfigError
-from meft.memory.estimation.recipes import read_recipe
+from meft.methods.registry import read_way
 from meft.methods.registry import apply_method
 from meft.options import reference_page
 from meft.backbone.plan import Plan
@@ -69,6 +75,9 @@ from meft.training import TRAIN_TYPES
 from meft.loading.arguments import ModelArguments
 from meft.training.arguments import MeftArguments, parse
 from meft.backbone.discovery import find_stacks
+
+def _options(words):
+    return parse((EstimateArguments, OptionArguments), ["m", *words], command="estimate")[1].given()
 
 def refused(call, text):
     try:
@@ -89,7 +98,7 @@ for call in (
     lambda: meft.MeftConfig(spice=10), lambda: Plan.make(coupling="meft1", spice=10),
     lambda: meft.make_reversible(models.build("bert"), spice=10),
     lambda: apply_method(models.build("bert"), "meft1", task_type="SEQ_CLS", spice=10),
-    lambda: read_recipe("momentum", {"spice": 10}), lambda: _options(["--spice=10"]),
+    lambda: read_way("momentum", {"spice": 10}), lambda: _options(["--spice=10"]),
     lambda: parse(TRAIN_TYPES, ["--model_name_or_path=m", "--spice=10"], command="train"),
 ):
     refused(call, message)
@@ -105,7 +114,7 @@ for command, types_ in (("train", TRAIN_TYPES), ("verify", verify_types)):
 assert plan_of(_from_base(models.build("bert"), "SEQ_CLS", parse(
     (MeftArguments,), ["--method=lora", "--spice", "7"], command="verify")[0], None)).spice == 7
 assert _options(["--spice", "7"]) == {"spice": 7}
-assert plan_of(read_recipe("lora+momentum", {"spice": 7}).apply(models.build("bert"), "SEQ_CLS")).spice == 7
+assert plan_of(read_way("lora+momentum", {"spice": 7}).apply(models.build("bert"), "SEQ_CLS")).spice == 7
 
 recipe = "arguments: {model_name_or_path: m, task: rte, spice: %d, use_cpu: true}\\ngrid: {method: [meft1]}\\n"
 (folder / "r.yaml").write_text(recipe % 6)
@@ -202,8 +211,8 @@ def test_none_reaches_the_plan_and_the_estimate() -> None:
     model = apply_method(models.build("bert"), "momentum", task_type="SEQ_CLS", tile_size=None, fused_loss=False)
     config = model.peft_config["default"]
     assert (config.tile_size, config.plan().tile_size, config.fused_loss) == (None, None, False)
-    assert read_recipe("momentum", {"tile_size": None, "gamma": None}).options == {"tile_size": None}
-    assert "tile_size=None" in read_recipe("meft3", {"tile_size": None}).code("CAUSAL_LM")
+    assert read_way("momentum", {"tile_size": None, "gamma": None}).options == {"tile_size": None}
+    assert "tile_size=None" in read_way("meft3", {"tile_size": None}).code("CAUSAL_LM")
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -258,7 +267,7 @@ def test_values_of_a_wrong_type(name: str, value: Any, text: str) -> None:
     # Where None is no value, it leaves an option of a method out.
     if name in options_of(METHOD) and value is not None:
         calls.append(lambda: MethodOptions(**{name: value}))
-        calls.append(lambda: read_recipe("momentum", {name: value}))
+        calls.append(lambda: read_way("momentum", {name: value}))
     for call in calls:
         with pytest.raises(ConfigError) as caught:
             call()

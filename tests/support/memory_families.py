@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers import (
     ViTConfig,
 )
 
+from meft.loading.tasks import TASK_MODELS
 from meft.memory import MemoryReport, measure
-from meft.memory.estimation.blueprint import TASK_MODELS
-from meft.memory.estimation.recipes import read_recipe
+from meft.memory.estimation.fake import offloaded
+from meft.methods.registry import OFFLOAD, read_way
 
 VOCABULARY = 300
 TASKS = {
@@ -76,8 +78,8 @@ def real_step(
     config.use_cache = False
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     torch.manual_seed(0)
-    recipe = read_recipe(method, options)
-    model = recipe.apply(TASK_MODELS[task].from_config(config, dtype=dtype, **chosen), task)
+    way = read_way(method, options)
+    model = way.apply(TASK_MODELS[task].from_config(config, dtype=dtype, **chosen), task).train()
     if family == "vit":
         batch = {"pixel_values": torch.randn(batch_size, 3, 32, 32, dtype=dtype)}
     else:
@@ -89,7 +91,8 @@ def real_step(
     batch["labels"] = torch.zeros(shape, dtype=torch.long)
 
     def step() -> None:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None), recipe.surroundings():
+        around = offloaded() if way.around == OFFLOAD else nullcontext()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None), around:
             loss = model(**batch).loss
         loss.backward()
 

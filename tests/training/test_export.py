@@ -341,7 +341,7 @@ def test_a_base_model_that_is_missing_or_another(base_folder: Path, tmp_path: Pa
     meft_adapter(base_folder, "meft1").save_pretrained(tmp_path / "meft")
     os.rename(base_folder, tmp_path / "moved")
     for name in ("adapter", "meft"):
-        with pytest.raises(CheckpointError, match=r"base model .* is missing .*, where a model should be, does not"):
+        with pytest.raises(CheckpointError, match=r"base model .* is missing .*, where the model should be, does not"):
             meft.export(tmp_path / name, tmp_path / "out")
         assert meft.export(tmp_path / name, tmp_path / f"{name}-out", base_model_name_or_path=str(tmp_path / "moved"))
         other = tmp_path / "other"

@@ -37,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 @pytest.fixture(scope="module")
 def uninterrupted(inputs: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for method in ("full", "lora", "meft1", "momentum"):
+    for method in ("full", "lora", "meft1", "momentum", "lora+momentum", "full+momentum"):
         folders[method] = tmp_path_factory.mktemp("whole") / method
         train(*inputs, folders[method], f"--method={method}", *WORDS)
     return folders
@@ -57,6 +57,7 @@ def weights(folder: Path) -> bytes:
 # How a checkpoint is written does not depend on the method, so the reversible ones are killed once each.
 CASES = [(method, moment) for method in ("full", "lora") for moment in MOMENTS]
 CASES += [("meft1", "in a step"), ("momentum", "writing a checkpoint")]
+CASES += [("lora+momentum", "in a step"), ("full+momentum", "writing a checkpoint")]
 
 
 @pytest.mark.parametrize(("method", "moment"), CASES)
@@ -77,6 +78,7 @@ def test_killed_and_resumed_is_bit_equal(
     assert found["resumed_from"] is not None
     assert weights(run) == weights(uninterrupted[method])
     whole = json.loads((uninterrupted[method] / "results.json").read_text())
+    assert found["deployed_metrics"] == whole["deployed_metrics"] and found["settings"] == whole["settings"]
     assert found["metrics"] == whole["metrics"] and found["steps"] == whole["steps"] == 10
     assert hidden_files(run) == []
 

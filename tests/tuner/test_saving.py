@@ -225,7 +225,12 @@ def test_a_truncated_file(kept: int, tmp_path: Path) -> None:
     with unchanged(base), pytest.raises(CheckpointError) as caught:
         PeftModel.from_pretrained(base, folder)
     text = str(caught.value)
-    assert str(weights) in text and f"{len(content)} bytes" in text and "truncated" in text and "Copy it again" in text
+    assert (
+        str(weights) in text
+        and f"{len(content)} bytes" in text
+        and "truncated" in text
+        and "Copy or download it again" in text
+    )
     assert weights.read_bytes() == content
 
 

@@ -215,7 +215,7 @@ def _refuse_reversible(stack: Stack, plan: Plan) -> None:
     wrapped = next((layer for layer in map(inside, stack.layers) if isinstance(layer, ReversibleLayer)), None)
     if wrapped is None:
         return
-    name = f"{stack.name} of {type(stack.owner).__name__}"
+    name = str(stack)
     if type(wrapped) is not ReversibleLayer:
         raise ConfigError(
             f"{name} has a MEFT adapter, which makes it reversible already. Take it out first with "

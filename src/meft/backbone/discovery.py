@@ -59,6 +59,14 @@ class Stack:
     owner: nn.Module
     aliases: tuple[Stack, ...] = ()
 
+    def __str__(self) -> str:
+        """The stack as messages name it."""
+        return f"{self.name} of {type(self.owner).__name__}"
+
+    def layer_name(self, index: int) -> str:
+        """One of its layers as messages name it."""
+        return f"{self.name}.{index} of {type(self.owner).__name__}"
+
     @property
     def config(self) -> Any:
         return getattr(self.owner, "config", None)
@@ -71,7 +79,7 @@ class Stack:
         for size in (*(size for size in named if size in inside), *_direct_norms(self.layers[0]), *named):
             return size
         raise UnsupportedModelError(
-            f"The width of {self.name} in {type(self.owner).__name__} is not known: its layers have no norm, and its "
+            f"The width of {self} is not known: its layers have no norm, and its "
             f"configuration has none of {', '.join(_WIDTH_NAMES)}."
         )
 
@@ -86,33 +94,33 @@ class Stack:
 
     def reversible_stack(self, plan: Plan) -> ReversibleStack:
         """Describes this stack under a plan, and refuses what the plan cannot do with it."""
-        model, order = type(self.owner).__name__, self.order
-        plan.check_depth(f"{self.name} of {model}", len(order))
+        order = self.order
+        plan.check_depth(str(self), len(order))
         if plan.frozen_layers and len(order) != len(self.layers):
             raise ConfigError(
-                f"frozen_layers={plan.frozen_layers} cannot be had in {self.name} of {model}, which runs "
+                f"frozen_layers={plan.frozen_layers} cannot be had in {self}, which runs "
                 f"{len(self.layers)} layers {len(order)} times: the frozen ones are also the others. Use "
                 "frozen_layers=0."
             )
         for index, layer in enumerate(self.layers):
             pretrained = pretrained_of(layer)
-            name = f"{self.name}.{index} of {model}"
+            name = self.layer_name(index)
             if plan.coupling is not None:
                 _refuse(pretrained, name)
                 if plan.coupling.splits:
                     asked = 'coupling="meft3"' if plan.coupling.name == "meft3" else 'granularity="block"'
                     split_of(pretrained, name, asked)
-        self._refuse_widths(model)
-        return ReversibleStack(plan, self.name, model, order, self.layers)
+        self._refuse_widths()
+        return ReversibleStack(plan, self.name, type(self.owner).__name__, order, self.layers)
 
-    def _refuse_widths(self, model: str) -> None:
+    def _refuse_widths(self) -> None:
         layers = [pretrained_of(layer) for layer in self.layers]
         widths = [{size for module in layer.modules() if (size := _norm_width(module))} for layer in layers]
         for index in range(1, len(layers)):
             # Layers of one width may have other norms besides; of different widths they share none.
             if widths[index] and widths[0] and widths[index].isdisjoint(widths[0]):
                 raise UnsupportedModelError(
-                    f"{self.name}.{index} of {model} has width {_direct_norms(layers[index])[0]}, but {self.name}.0 "
+                    f"{self.layer_name(index)} has width {_direct_norms(layers[index])[0]}, but {self.name}.0 "
                     f"has {_direct_norms(layers[0])[0]}. The streams of a reversible stack are added, so its layers "
                     "must all have one width. Leave this stack out with stacks=[...]."
                 )

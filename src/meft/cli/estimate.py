@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from rich.table import Table
 
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.memory.estimation.estimate import estimate
-from meft.memory.estimation.recipes import RECIPES, read_recipe
 from meft.memory.estimation.report import WEIGHTS, BudgetError, MemoryEstimate
 from meft.memory.estimation.sizes import parse_size
 from meft.memory.measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
-from meft.options import METHOD, options_of
+from meft.methods.arguments import OptionArguments
+from meft.methods.registry import COMPARED, NAMED, own_options, read_way
+from meft.parsing import option
 from meft.storage.files import write_json
-from meft.storage.results import format_bytes, now, versions
-from meft.training.parsing import option_parser
+from meft.storage.results import format_bytes, provenance
 
 ALL = "all"
 Failure = BudgetError | UnsupportedModelError
@@ -29,28 +30,45 @@ _ACTIVATIONS = tuple(cause for cause in CAUSES if cause not in (GRADIENTS, OPTIM
 _WIDE = 140
 
 
-def estimate_command(
-    model: str,
-    *,
-    methods: str,
-    budget: str | None,
-    longest: str,
-    json: str | None,
-    extra: Sequence[str],
-    command: str,
-    **arguments: Any,
-) -> int:
+@dataclass
+class EstimateArguments:
+    """What is estimated."""
+
+    _argument_group_name = "estimate"
+
+    model: str = field(metadata={"help": "A name on the hub, a model's folder, or a config.json.", "positional": True})
+    method: list[str] = field(
+        default_factory=lambda: [ALL],
+        metadata={"help": f"Ways to train: lora lora+momentum. Of {NAMED}. Left out: {ALL}, a choice of them."},
+    )
+    batch_size: int = option("Rows of a batch.", 1)
+    seq_len: int = option("Tokens of a row.", 512)
+    dtype: str = option("Of the weights.", "bfloat16")
+    optimizer: str = option("adamw, sgd, adafactor, ..., none.", "adamw")
+    task_type: str | None = option("The head. Left out: the model's own.")
+    device: str | None = option("cpu or cuda. Left out: cuda if there is one.")
+    attn_implementation: str | None = option("sdpa or eager.")
+    padded: bool = option("Batches have padding.", False)
+    autocast: str | None = option("Mixed precision to this dtype.")
+    budget: str | None = option("24GiB, say: find the largest that fits.")
+    longest: str = option("What to find: batch or sequence.", "batch")
+    revision: str | None = option("Of the model on the hub.")
+    trust_remote_code: bool = option("Run the model's own code.", False)
+    json: str | None = option("Write everything that was found to this file.")
+
+    def methods(self) -> list[str]:
+        """The ways to train, however they are separated."""
+        names = [name for words in self.method for name in words.replace(",", " ").split()]
+        return list(COMPARED) if names == [ALL] else names
+
+
+def estimate_command(arguments: EstimateArguments, method_options: OptionArguments, *, command: str) -> int:
     """Runs `meft estimate`, prints the table, and the lines of Python to copy.
 
     Args:
-        model: as in `meft.estimate`.
-        methods: "all", or names separated by blanks or commas.
-        budget: as in `meft.estimate`.
-        longest: as in `meft.estimate`.
-        json: a file for everything that was found.
-        extra: the words left over: options of the method, as `--lora_rank 16`.
+        arguments: as in `meft.estimate`.
+        method_options: of several methods, each takes its own.
         command: the command line, for the record.
-        **arguments: other arguments of `meft.estimate`.
 
     Returns:
         0 if there is an estimate for any method that was asked for, and 2 if for none.
@@ -58,12 +76,16 @@ def estimate_command(
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: what was given is not valid.
     """
-    names = list(RECIPES) if methods == ALL else methods.replace(",", " ").split()
-    options = _options(extra)
+    shared = asdict(arguments)
+    names, options = arguments.methods(), method_options.given()
+    model, budget, longest, json = (shared.pop(name) for name in ("model", "budget", "longest", "json"))
+    del shared["method"]
     if not names:
-        raise ConfigError(f"method is {methods!r}; give {ALL}, or one or more of {', '.join(RECIPES)}.")
+        raise ConfigError(
+            f"method is {' '.join(arguments.method)!r}; give {ALL}, or one or more of {', '.join(COMPARED)}."
+        )
     for name in names:
-        read_recipe(name, options)
+        read_way(name)
     if budget is not None:
         parse_size(budget)
     if json is not None and not Path(json).resolve().parent.is_dir():
@@ -79,9 +101,9 @@ def estimate_command(
                         model,
                         method=name,
                         budget=budget,
-                        longest=longest,  # type: ignore[arg-type]
+                        longest=longest,
                         progress=advance,
-                        **arguments,
+                        **shared,
                         **_own(name, options, alone=len(names) == 1),
                     )
                 )
@@ -174,24 +196,9 @@ def _sum(report: MemoryEstimate, causes: Sequence[str]) -> int:
     return sum(report.total_causes[cause] for cause in causes)
 
 
-def _options(words: Sequence[str]) -> dict[str, Any]:
-    """The options of the method: `--name value` or `--name=value`, as `meft train` takes them."""
-    known = options_of(METHOD)
-    found, rest = option_parser("meft estimate", known.values()).parse_known_args(list(words))
-    if rest:
-        name = rest[0].split("=")[0]
-        if name.startswith("--"):
-            raise ConfigError(f"Unknown option {name[2:]!r}; the options of a method are {', '.join(known)}.")
-        raise ConfigError(f"{name!r} was not understood. Options of a method are given as --lora_rank 16.")
-    options = {name: known[name].read(value) for name, value in vars(found).items()}
-    for name, value in options.items():
-        known[name].check(value)
-    return options
-
-
 def _own(name: str, options: dict[str, Any], *, alone: bool) -> dict[str, Any]:
     """The options that mean something to a method: of several methods, each takes its own."""
-    return options if alone else read_recipe(name, options).own_options()
+    return options if alone else own_options(name, options)
 
 
 @contextmanager
@@ -211,9 +218,7 @@ def _progress(names: Sequence[str]) -> Iterator[Callable[[str], Callable[[str], 
 def _record(found: Sequence[MemoryEstimate], failed: Mapping[str, Failure], command: str) -> dict[str, Any]:
     return {
         "kind": "meft estimate",
-        "command": command,
-        "date": now(),
+        **provenance(command),
         "estimates": [report.as_dict() for report in found],
         "left_out": {name: str(error) for name, error in failed.items()},
-        "versions": versions(),
     }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
+from peft import PeftType
 from rich.console import Console
 from torch import nn
 
@@ -18,24 +18,21 @@ from meft.backbone.conversion import make_reversible
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
-from meft.loading.folders import TASK_MODELS, is_adapter, trained_labels
-from meft.loading.models import load_adapter
+from meft.loading.folders import adapter_config, is_adapter, load_adapter, trained_labels
 from meft.loading.pretrained import load_pretrained
-from meft.methods.registry import PLAIN_METHODS, MethodOptions, apply_method
+from meft.loading.tasks import TOKEN_TASKS
+from meft.methods.arguments import MeftArguments
+from meft.methods.registry import PLAIN_METHODS, apply_method
 from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
+from meft.parsing import option, parse
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
-from meft.storage.results import hardware, now, versions
-from meft.training.arguments import MeftArguments, parse
+from meft.storage.results import provenance
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
 from meft.verification.batches import random_batch, text_batch
 
 _COUPLING_OPTIONS = tuple(name for name in options_of(FUNCTION) if name in options_of(METHOD))
-
-
-def _option(help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -44,34 +41,35 @@ class VerifyArguments:
 
     _argument_group_name = "verification"
 
-    under: str | None = _option(
-        "For --method full, lora, ia3 or bitfit, and for adapters of other methods than MEFT: the coupling put under "
-        "them: momentum (left out), meft1, meft2 or meft3."
+    under: str | None = option(
+        f"For --method {', '.join(PLAIN_METHODS)} (--method lora --under momentum is --method lora+momentum), and for "
+        f"adapters of other methods than MEFT: the coupling put under them. Left out: momentum. Valid: "
+        f"{', '.join(COUPLINGS)}."
     )
-    base_model_name_or_path: str | None = _option(
+    base_model_name_or_path: str | None = option(
         "For an adapter: its base model, when it is no longer where the adapter says."
     )
-    task_type: str | None = _option(f"The task head: {', '.join(TASK_MODELS)}. Left out: the checkpoint's own.")
-    batch_size: int = _option("Rows of the batch; all but the first are padded.", 2)
-    seq_length: int = _option("Tokens of a row.", 64)
-    text_file: str | None = _option("A file with a text a line, instead of random tokens.")
-    autocast: Literal["bfloat16", "float16"] | None = _option("Mixed precision: run under autocast to this dtype.")
-    deploy: bool = _option(
+    task_type: str | None = option(f"The task head: {', '.join(TOKEN_TASKS)}. Left out: the checkpoint's own.")
+    batch_size: int = option("Rows of the batch; all but the first are padded.", 2)
+    seq_length: int = option("Tokens of a row.", 64)
+    text_file: str | None = option("A file with a text a line, instead of random tokens.")
+    autocast: Literal["bfloat16", "float16"] | None = option("Mixed precision: run under autocast to this dtype.")
+    deploy: bool = option(
         "Also find the loss as trained, as deployed on the plain model, and with other gammas. Give a --text_file for "
         "figures that mean something.",
         False,
     )
-    device: str | None = _option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
-    seed: int = _option("Of random tokens, new weights and dropout.", 0)
-    figure: str | None = _option("Draw the error against depth to this file: .svg, .png or .pdf.")
-    json: str | None = _option("Write everything that was found to this JSON file.")
+    device: str | None = option("cpu, cuda, cuda:1, ... Left out: a GPU if there is one.")
+    seed: int = option("Of random tokens, new weights and dropout.", 0)
+    figure: str | None = option("Draw the error against depth to this file: .svg, .png or .pdf.")
+    json: str | None = option("Write everything that was found to this JSON file.")
 
     def check(self) -> None:
         """Raises ConfigError if an option is not valid by itself."""
         if self.under is not None:
             check_choice("under", self.under, COUPLINGS)
         if self.task_type is not None:
-            check_choice("task_type", self.task_type, tuple(TASK_MODELS))
+            check_choice("task_type", self.task_type, TOKEN_TASKS)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seq_length", self.seq_length, 2)
         if self.figure is not None:
@@ -80,7 +78,7 @@ class VerifyArguments:
             raise ConfigError(f"The folder of {self.json!r} does not exist. Create it, or choose another.")
 
 
-def verify_command(argv: Sequence[str]) -> int:
+def verify_command(argv: Sequence[str], *, command: str = "", description: str | None = None) -> int:
     """Runs the words after `meft verify`.
 
     Example:
@@ -95,7 +93,7 @@ def verify_command(argv: Sequence[str]) -> int:
         ConfigError, CheckpointError, DataError, UnsupportedModelError: what was given is not valid; exit code 2.
     """
     types = (ModelArguments, MeftArguments, VerifyArguments)
-    model_arguments, method_arguments, arguments = parse(types, argv, command="verify")
+    model_arguments, method_arguments, arguments = parse(types, argv, command="verify", description=description)
     arguments.check()
     report = _verified(model_arguments, method_arguments, arguments)
     console = Console()
@@ -103,7 +101,7 @@ def verify_command(argv: Sequence[str]) -> int:
     if arguments.figure is not None:
         console.print(f"Figure: {report.figure(arguments.figure)}", markup=False, soft_wrap=True)
     if arguments.json is not None:
-        write_json(Path(arguments.json), _record(report, shlex.join(["meft", "verify", *argv])))
+        write_json(Path(arguments.json), _record(report, command or shlex.join(["meft", "verify", *argv])))
     return 0 if report.passed() else 1
 
 
@@ -128,17 +126,15 @@ def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments:
 
 def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | None) -> nn.Module:
     """A pretrained model with something new to train: MEFT's adapters, or LoRA or everything on a reversible stack."""
-    options = method.options()
-    if method.method not in PLAIN_METHODS:
-        if under is not None:
-            raise ConfigError(
-                f"under is {under!r}, but method {method.method!r} brings its own coupling. Leave --under out, or give "
-                f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
-            )
-        return apply_method(base, method.method, task_type=task_type, **options.given())
-    coupling, bare = _split(options)
-    model = apply_method(base, method.method, task_type=task_type, **bare)
-    return _made_reversible(model, under, coupling)
+    name = method.method
+    if name in PLAIN_METHODS:
+        name = f"{name}+{under or 'momentum'}"
+    elif under is not None:
+        raise ConfigError(
+            f"under is {under!r}, but method {name!r} brings its own coupling, or has none. Leave --under out, or give "
+            f"--method {', '.join(PLAIN_METHODS[:-1])} or {PLAIN_METHODS[-1]}."
+        )
+    return apply_method(base, name, task_type=task_type, **method.options().given())
 
 
 def _from_adapter(
@@ -146,7 +142,7 @@ def _from_adapter(
 ) -> tuple[nn.Module, Any, str]:
     """A trained adapter on its base model, made trainable again."""
     path = model_arguments.model_name_or_path
-    config = PeftConfig.from_pretrained(path)
+    config = adapter_config(Path(path))
     task_type = str(config.task_type or arguments.task_type or "FEATURE_EXTRACTION").removeprefix("TaskType.")
     base_name = arguments.base_model_name_or_path or str(config.base_model_name_or_path)
     is_meft = config.peft_type == MEFT
@@ -155,27 +151,17 @@ def _from_adapter(
     refused += ["under"] if is_meft and arguments.under is not None else []
     if refused:
         raise ConfigError(
-            f"{refused[0]} was given, but {path} is an adapter of {config.peft_type.value}, which has its own options. "
-            f"Leave --{refused[0]} out, or give the base model {base_name} instead."
+            f"{refused[0]} was given, but {path} is an adapter of {PeftType(config.peft_type).value}, which has its "
+            f"own options. Leave --{refused[0]} out, or give the base model {base_name} instead."
         )
     base, _ = load_pretrained(model_arguments, base_name, task_type, num_labels=trained_labels(Path(path)))
-    model = load_adapter(base, path, base_name)
+    model = load_adapter(base, Path(path), base_name=base_name)
     model.set_adapter(model.active_adapter)  # which makes its parameters require gradients, as in training
     if is_meft:
         return model, base, task_type
-    coupling, _ = _split(method.options())
-    return _made_reversible(model, arguments.under, coupling), base, task_type
-
-
-def _split(options: MethodOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that were given: those of the coupling put under a method, and the method's own."""
-    given = options.given()
-    under = {name: value for name, value in given.items() if name in _COUPLING_OPTIONS}
-    return under, {name: value for name, value in given.items() if name not in _COUPLING_OPTIONS}
-
-
-def _made_reversible(model: nn.Module, coupling: str | None, options: dict[str, Any]) -> nn.Module:
-    return make_reversible(model, coupling=coupling or "momentum", **options)
+    chosen = method.options().given()
+    coupling = {name: value for name, value in chosen.items() if name in _COUPLING_OPTIONS}
+    return make_reversible(model, coupling=arguments.under or "momentum", **coupling), base, task_type
 
 
 def _device(name: str | None) -> torch.device:
@@ -189,10 +175,4 @@ def _device(name: str | None) -> torch.device:
 
 
 def _record(report: VerifyReport, command: str) -> dict[str, Any]:
-    return {
-        **report.as_dict(),
-        "command": command,
-        "date": now(),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
+    return {**report.as_dict(), **provenance(command)}

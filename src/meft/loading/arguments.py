@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-def option(help_text: str, default: Any = None) -> Any:
-    """A field of a dataclass of arguments, with the sentence that `--help` says of it."""
-    return field(default=default, metadata={"help": help_text})
+from meft.parsing import option
 
 
 @dataclass
@@ -30,3 +27,18 @@ class ModelArguments:
     )
     attn_implementation: str | None = option("The attention of Transformers: eager, sdpa, flash_attention_2, ...")
     ignore_mismatched_sizes: bool = option("Start a task head of another size than this task's anew.", False)
+
+    def hub(self) -> dict[str, Any]:
+        """Options of `from_pretrained` that say where from, and what is trusted."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def weights(self) -> dict[str, Any]:
+        """Options of `from_pretrained` for a model."""
+        options: dict[str, Any] = {"dtype": self.dtype, "ignore_mismatched_sizes": self.ignore_mismatched_sizes}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        return options | self.hub()

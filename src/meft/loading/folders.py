@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from meft.errors import CheckpointError, ConfigError, MeftError, first_line
-from meft.storage.files import check_safetensors
+from meft.storage.files import check_safetensors, check_weights
 
-TASK_MODELS: dict[str, Any] = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
-}
+from .models import loading, read_model
+from .tasks import TASK_MODELS
+
 BASE_FOLDER = "base"
 """Where a self-contained folder holds the model that its adapter was trained on."""
 
@@ -61,7 +47,7 @@ def load(folder: str | Path, *, is_trainable: bool = False, **options: Any) -> n
     """
     place = Path(folder)
     if not is_adapter(place):
-        return load_model(place, None, **options)
+        return _whole(place, None, options)
     base = load_base(place, None, **options)
     return load_adapter(base, place, is_trainable=is_trainable)
 
@@ -71,20 +57,30 @@ def is_adapter(folder: str | Path) -> bool:
     return Path(folder, CONFIG_NAME).is_file()
 
 
-def adapter_config(folder: Path) -> PeftConfig:
+def adapter_config(folder: Path, *task_types: str | None) -> PeftConfig:
     """What an adapter says about itself.
 
+    Args:
+        folder: the adapter's.
+        *task_types: those that it may have been trained for; none for any.
+
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or was trained for another type of task.
     """
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except MeftError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_NAME} cannot be read: {first_line(error)} Copy the adapter again."
         ) from error
+    if task_types and config.task_type not in task_types:
+        raise CheckpointError(
+            f"The adapter in {folder} was trained for {config.task_type}; this task takes adapters for "
+            f"{', '.join(map(str, task_types))}. Give the --task that it was trained on."
+        )
+    return config
 
 
 def load_base(adapter: Path, base: str | None, **options: Any) -> PreTrainedModel:
@@ -102,7 +98,7 @@ def load_base(adapter: Path, base: str | None, **options: Any) -> PreTrainedMode
     config = adapter_config(adapter)
     inside = adapter / BASE_FOLDER
     if base is None and inside.is_dir():
-        return load_model(inside, None, **options)
+        return _whole(inside, None, options)
     name = base or config.base_model_name_or_path
     if not name:
         raise ConfigError(
@@ -114,7 +110,7 @@ def load_base(adapter: Path, base: str | None, **options: Any) -> PreTrainedMode
         # A head of another size in the base model is none that the adapter uses: it brings its own.
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     try:
-        return load_model(name, _class_for(config), **options)
+        return _whole(name, _class_for(config), options)
     except CheckpointError as error:
         raise CheckpointError(
             f"The base model of the adapter in {adapter} is missing or damaged. {error} If it is somewhere else, give "
@@ -122,55 +118,73 @@ def load_base(adapter: Path, base: str | None, **options: Any) -> PreTrainedMode
         ) from error
 
 
-def load_model(name: str | Path, model_class: Any, **options: Any) -> PreTrainedModel:
-    """Loads a Transformers model.
+def load_adapter(
+    base: PreTrainedModel, adapter: Path, *, base_name: str | None = None, is_trainable: bool = False
+) -> PeftModel:
+    """Puts a saved adapter on its base model; every adapter of `meft` that was saved comes from here.
 
     Args:
-        name: its folder or its name on the hub.
-        model_class: one with `from_pretrained`; None for the class that the folder was saved from.
-        **options: of `from_pretrained`.
+        base: the model; changed in place.
+        adapter: the adapter's folder.
+        base_name: what to call the model in messages; None for its own name.
+        is_trainable: whether the adapter's parameters require gradients.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is no model that Transformers can load.
+        CheckpointError: the adapter is damaged, lacks weights, or belongs to another model.
     """
-    folder = Path(name)
-    # Names on the hub have one slash at most and begin with a letter or a digit.
-    if not folder.is_dir() and (len(folder.parts) > 2 or str(name).startswith((".", "~", "/"))):
-        state = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{name}, where a model should be, {state}. Give its folder or its name on the hub.")
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.safetensors")):
-            check_safetensors(path)
+    check_weights(adapter)
+    if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, so it is no whole adapter. Copy it again.")
+    name = base_name or str(base.name_or_path)
     try:
-        if model_class is None:
-            saved = (AutoConfig.from_pretrained(name).architectures or ["AutoModel"])[0]
-            model_class = getattr(transformers, saved, AutoModel)
-        return model_class.from_pretrained(name, **{"dtype": "auto", **options})
-    except MeftError:
-        raise
-    except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{name} could not be loaded as a model: {first_line(error)} Give a model's folder or its name on the hub."
-        ) from error
+        with loading(str(adapter)), warnings.catch_warnings():
+            # What is missing is told below, with a name.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
+    except MeftError as error:
+        if error.__cause__ is None:
+            raise
+        cause = error.__cause__
+        # PEFT looks the weights of a task head up by their names.
+        reason = f"its weights {cause.args[0]} are missing." if isinstance(cause, KeyError) else first_line(cause)
+        raise _misfit(adapter, name, reason) from error
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise _misfit(adapter, name, first_line(error)) from error
+    missing, needless = compare_weights(model, adapter)
+    if missing:
+        raise _misfit(adapter, name, f"{len(missing)} of its weights are missing, {missing[0]} for one.")
+    if needless:
+        raise _misfit(adapter, name, f"{len(needless)} of its weights have no place there, {needless[0]} for one.")
+    return model
 
 
-def load_adapter(base: PreTrainedModel, adapter: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Puts a saved adapter on its base model.
+def compare_weights(model: PeftModel, adapter: Path) -> tuple[list[str], list[str]]:
+    """The weights that an adapter's file lacks, and those that the model it was put on has no place for.
 
-    Raises:
-        CheckpointError: the adapter is damaged, or belongs to another model.
+    PEFT warns of some that are missing, and says nothing of task heads and of what is left over.
     """
-    for path in sorted(adapter.glob("*.safetensors")):
-        check_safetensors(path)
-    try:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
-    except MeftError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"The adapter in {adapter} does not fit the base model {base.name_or_path}: {first_line(error)} Give the "
-            "model that it was trained on with base_model_name_or_path."
-        ) from error
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
+        found = set(weights.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(model.peft_config["default"].peft_type))
+    needless = {name for name in found - expected if prefix is not None and prefix in name}
+    return sorted(expected - found), sorted(needless)
+
+
+def _misfit(adapter: Path, base: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"The adapter in {adapter} does not fit the base model {base}: {reason} Copy the adapter again if it is "
+        "damaged, or give the model that it was trained on with base_model_name_or_path."
+    )
+
+
+def load_plain(folder: Path, **options: Any) -> PreTrainedModel:
+    """Loads the model of a folder with the class that it was saved from; errors as of `read_model`."""
+    return _whole(folder, None, options)
+
+
+def _whole(name: str | Path, auto_model: Any, options: dict[str, Any]) -> PreTrainedModel:
+    return read_model(str(name), auto_model, **{"dtype": "auto", **options})[0]
 
 
 def trained_labels(adapter: Path) -> int | None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import transformers
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     BaseImageProcessor,
     PretrainedConfig,
@@ -29,8 +27,8 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from meft.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
-from meft.storage.files import check_safetensors
+from meft.errors import CheckpointError, ConfigError, MeftError, UnsupportedModelError, first_line
+from meft.storage.files import check_weights
 
 from .arguments import ModelArguments
 
@@ -45,31 +43,75 @@ def has_file(path: str, name: str) -> bool:
     return (Path(path) / name).is_file()
 
 
-def load_config(arguments: ModelArguments, name: str, what: str | None = None) -> PretrainedConfig:
-    """Loads the configuration of the model called `name`, a folder or a name on the hub.
+def read_config(name: str, what: str | None = None, **options: Any) -> PretrainedConfig:
+    """Loads the configuration of the model called `name`.
 
     Args:
-        arguments: What the user said about the model.
-        name: Its folder or its name on the hub.
+        name: A folder, a `config.json`, or a name on the hub.
         what: What the model is for, in messages.
+        **options: Of `AutoConfig.from_pretrained`.
 
     Raises:
         CheckpointError: There is no such folder, or its configuration cannot be read.
         UnsupportedModelError: Transformers does not know the model.
+    """
+    with loading(name, what):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def read_model(
+    name: str, auto_model: Any, what: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a model from safetensors files; every model of `meft` that has weights comes from here.
+
+    Args:
+        name: Its folder or its name on the hub.
+        auto_model: The class of Transformers; `None` for the one that the model was saved from.
+        what: What the model is for, in messages.
+        **options: Of its `from_pretrained`.
+
+    Returns:
+        The model and the modules that its checkpoint has no weights for, which start at random.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or damaged, or its tensors have other sizes.
+        UnsupportedModelError: There is no such model with that head.
+    """
+    check_place(name)
+    check_weights(Path(name))
+    with loading(name, what):
+        if auto_model is None:
+            hub = {key: options[key] for key in ("cache_dir", "revision", "trust_remote_code") if key in options}
+            saved = (AutoConfig.from_pretrained(name, **hub).architectures or ["AutoModel"])[0]
+            auto_model = getattr(transformers, saved, AutoModel)
+        options = {"use_safetensors": True, **options}
+        model, info = auto_model.from_pretrained(name, output_loading_info=True, **options)
+    return model, _new_modules(model, info)
+
+
+def check_place(name: str) -> None:
+    """Refuses what can only be a local folder and is none.
+
+    Raises:
+        CheckpointError: It is a file, or does not exist.
     """
     if _LOCAL.match(name) and not Path(name).is_dir():
         what = "is a file" if Path(name).exists() else "does not exist"
         raise CheckpointError(
             f"{name}, where the model should be, {what}. Give a model's folder or its name on the hub."
         )
-    with _loading(name, what):
-        return AutoConfig.from_pretrained(arguments.config_name or name, **_hub_options(arguments))
+
+
+def load_config(arguments: ModelArguments, name: str, what: str | None = None) -> PretrainedConfig:
+    """Loads the configuration of the model called `name`; errors as of `read_config`."""
+    check_place(name)
+    return read_config(arguments.config_name or name, what, **arguments.hub())
 
 
 def load_tokenizer(arguments: ModelArguments, name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with a padding token: the end token where it has none of its own."""
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **_hub_options(arguments))
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **arguments.hub())
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UnsupportedModelError(
@@ -87,14 +129,14 @@ def load_image_processor(arguments: ModelArguments, name: str) -> BaseImageProce
         CheckpointError: The model has none.
         UnsupportedModelError: There is no such image processor without torchvision.
     """
-    with _loading(name, "images"):
-        return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub_options(arguments))
+    with loading(name, "images"):
+        return AutoImageProcessor.from_pretrained(name, backend="pil", **arguments.hub())
 
 
 def load_model(
     arguments: ModelArguments, name: str, config: PretrainedConfig, auto_model: Any, what: str
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Loads a model with its head.
+    """Loads a model with its head, and says which modules start at random; errors as of `read_model`.
 
     Args:
         arguments: What the user said about the model.
@@ -102,23 +144,8 @@ def load_model(
         config: Its configuration, changed to what the task needs.
         auto_model: The Auto class of Transformers that knows the head.
         what: What the model is for, in messages.
-
-    Returns:
-        The model and the modules that its checkpoint has no weights for, which start at random.
-
-    Raises:
-        CheckpointError: A file is missing, truncated or damaged, or its tensors have other sizes.
-        UnsupportedModelError: There is no such model with that head.
     """
-    options: dict[str, Any] = {"dtype": arguments.dtype, "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
-    if arguments.attn_implementation:
-        options["attn_implementation"] = arguments.attn_implementation
-    _check_weights(Path(name))
-    with _loading(name, what):
-        model, info = auto_model.from_pretrained(
-            name, config=config, output_loading_info=True, **options, **_hub_options(arguments)
-        )
-    return model, _new_modules(model, info)
+    return read_model(name, auto_model, what, config=config, **arguments.weights())
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -136,26 +163,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def load_adapter(model: PreTrainedModel, path: str, base: str) -> peft.PeftModel:
-    """Puts the adapter at `path` on its base model.
-
-    Raises:
-        CheckpointError: The adapter is truncated, lacks weights, or belongs to another base model.
-    """
-    _check_weights(Path(path))
-    with _loading(path), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            return peft.PeftModel.from_pretrained(model, path)
-        except (RuntimeError, ValueError, UserWarning) as error:
-            if isinstance(error, (CheckpointError, ConfigError, UnsupportedModelError)):
-                raise
-            raise CheckpointError(
-                f"The adapter in {path} does not fit the base model {base}: {first_line(error)} "
-                "Give the model that it was trained on with --base_model_name_or_path."
-            ) from error
-
-
 def check_trained(name: str, new_modules: Sequence[str]) -> None:
     """Refuses to evaluate a model some of whose weights were never trained.
 
@@ -167,24 +174,6 @@ def check_trained(name: str, new_modules: Sequence[str]) -> None:
             f"{name} has no weights for {', '.join(new_modules)}, so its predictions would be random. Give a model "
             "that was trained for this task."
         )
-
-
-def load_adapter_config(path: str, task_type: str | None) -> peft.PeftConfig:
-    """Reads what an adapter says about itself.
-
-    Raises:
-        CheckpointError: It cannot be read, or was trained for another type of task than PEFT's `task_type`.
-    """
-    try:
-        config = peft.PeftConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}/{CONFIG_NAME} cannot be read: {error}. Copy the adapter again.") from error
-    if config.task_type != task_type:
-        raise CheckpointError(
-            f"The adapter in {path} was trained for {config.task_type}; this task takes adapters for {task_type}. "
-            "Give the --task that it was trained on."
-        )
-    return config
 
 
 def heads_to_save(model: PreTrainedModel, new_modules: Sequence[str], known: Sequence[str] = ()) -> tuple[str, ...]:
@@ -243,11 +232,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(name: str, what: str | None = None) -> Iterator[None]:
+def loading(name: str, what: str | None = None) -> Iterator[None]:
     """Turns what Transformers, PEFT and safetensors raise into errors of `meft`."""
     try:
         with quiet_transformers():
             yield
+    except MeftError:
+        raise
     except SafetensorError as error:
         raise CheckpointError(
             f"A weights file of {name} is truncated or damaged ({error}). Copy or download it again."
@@ -264,26 +255,10 @@ def _loading(name: str, what: str | None = None) -> Iterator[None]:
             "trained on another number of labels give --ignore_mismatched_sizes."
         ) from error
     except (ValueError, KeyError) as error:
-        if isinstance(error, (ConfigError, UnsupportedModelError)):
-            raise
         kind = f"model for {what}" if what else "model"
         raise UnsupportedModelError(
             f"{name} is no {kind} that Transformers {transformers.__version__} can load: {first_line(error)}"
         ) from error
-
-
-def _hub_options(arguments: ModelArguments) -> dict[str, Any]:
-    return {
-        "cache_dir": arguments.cache_dir,
-        "revision": arguments.revision,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-
-
-def _check_weights(folder: Path) -> None:
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.safetensors")):
-            check_safetensors(path)
 
 
 def _new_modules(model: nn.Module, info: Any) -> list[str]:

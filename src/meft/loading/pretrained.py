@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-import transformers
-from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from meft.errors import CheckpointError, UnsupportedModelError, first_line
-from meft.storage.files import check_safetensors
+from meft.errors import UnsupportedModelError
 
 from .arguments import ModelArguments
-from .folders import TASK_MODELS
-from .models import load_config, quiet_transformers
-
-_ENDINGS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-
-
-def task_type_of(config: PretrainedConfig) -> str:
-    """What a checkpoint was saved for, by the name of its class; FEATURE_EXTRACTION where that says nothing."""
-    for architecture in config.architectures or ():
-        for ending, task_type in _ENDINGS.items():
-            if architecture.endswith(ending):
-                return task_type
-    return "FEATURE_EXTRACTION"
+from .models import load_config, load_model
+from .tasks import TASK_MODELS, task_type_of
 
 
 def load_pretrained(
@@ -55,7 +30,7 @@ def load_pretrained(
         UnsupportedModelError: there is no such model, or it takes no tokens.
     """
     config = load_config(arguments, name)
-    task = task_type or task_type_of(config)
+    task = task_type or task_type_of(config) or "FEATURE_EXTRACTION"
     if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
         raise UnsupportedModelError(
             f"{name} is a {config.model_type} model, which takes no tokens, and meft verify makes batches of tokens. "
@@ -63,24 +38,7 @@ def load_pretrained(
         )
     if num_labels is not None:
         config.num_labels = num_labels
-    options: dict[str, Any] = {"dtype": arguments.dtype, "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
-    if arguments.attn_implementation:
-        options["attn_implementation"] = arguments.attn_implementation
-    options |= {"cache_dir": arguments.cache_dir, "revision": arguments.revision}
-    options["trust_remote_code"] = arguments.trust_remote_code
-    if Path(name).is_dir():
-        for path in sorted(Path(name).glob("*.safetensors")):
-            check_safetensors(path)
-    try:
-        with quiet_transformers():
-            model = TASK_MODELS[task].from_pretrained(name, config=config, **options)
-    except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} could not be loaded: {first_line(error)} Copy or download it again.") from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{name} is no model for {task} that Transformers {transformers.__version__} can load: "
-            f"{first_line(error)} Choose another with --task_type: {', '.join(TASK_MODELS)}."
-        ) from error
+    model, _ = load_model(arguments, name, config, TASK_MODELS[task], task)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = padding_token(model.config)
     return model, task

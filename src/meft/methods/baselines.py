@@ -142,7 +142,9 @@ def _keys_and_values(stack: Stack) -> set[str]:
         keys = [name for name, words in parts.items() if words & (_KEYS | _BOTH) and not words & _COMPRESSED]
         values = [name for name, words in parts.items() if words & (_VALUES | _BOTH) and not words & _COMPRESSED]
         if not keys or not values:
-            raise _unknown(f"{stack.name}.{index}, a {type(layer).__name__}", "projections to keys and values", stack)
+            raise _unknown(
+                f"{stack.layer_name(index)}, a {type(layer).__name__}", "projections to keys and values", stack
+            )
         found.update(keys, values)
     return found
 
@@ -155,7 +157,7 @@ def _feed_forward_exits(stack: Stack) -> set[str]:
     """
     found: set[str] = set()
     for index, layer in enumerate(stack.layers):
-        place = f"{stack.name}.{index}, a {type(layer).__name__}"
+        place = f"{stack.layer_name(index)}, a {type(layer).__name__}"
         _, exit_ = feed_forward_of(layer, place)
         last: dict[str, str] = {}
         inside = set(exit_.modules())

@@ -19,7 +19,6 @@ from .table import (
     checked,
     options_of,
     plan_options,
-    refuse_beside,
 )
 from .values import check_choice, check_integer
 
@@ -44,5 +43,4 @@ __all__ = [
     "options_of",
     "plan_options",
     "reference_page",
-    "refuse_beside",
 ]

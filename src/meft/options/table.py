@@ -30,7 +30,6 @@ from typing import Any
 
 from meft.engine.arithmetic import MAX_FRACTION_BITS, MIN_FRACTION_BITS
 from meft.engine.couplings import COUPLINGS, GRANULARITIES, SAVED_BEFORE, SIGNS, own_settings
-from meft.errors import ConfigError
 
 from .places import INIT_STD, PLACES
 from .values import Checked, Choice, Flag, Integer, Kind, Names, Number, OutputRule, Text
@@ -465,6 +464,7 @@ OPTIONS: tuple[Option, ...] = (
         "Modules trained in full and saved beside the adapters.",
         "adapter",
         none="the task's head, which PEFT adds",
+        methods=("lora", "ia3", "bitfit", *_WITH_ADAPTERS),
         readers=_ADAPTERS,
     ),
 )
@@ -492,15 +492,3 @@ def checked(reader: str, values: Mapping[str, Any]) -> dict[str, Any]:
         option.check(values[name])
         found[name] = option.normal(values[name])
     return found
-
-
-def refuse_beside(method: str, values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if an option is given that means nothing to a way to train."""
-    for name, option in options_of(METHOD).items():
-        if option.methods is None or option.shared or method in option.methods:
-            continue
-        if option.given(values[name]):
-            raise ConfigError(
-                f"{name} is {values[name]!r}, but method {method!r} has no such option; it belongs to "
-                f"{', '.join(option.methods)}. Leave {name} out or choose one of those methods."
-            )

@@ -114,6 +114,23 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def check_weights(folder: Path) -> None:
+    """Looks at the weights of a model or an adapter before they are loaded.
+
+    Raises:
+        CheckpointError: A safetensors file is not whole, or there are pickled weights only.
+    """
+    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in found:
+        check_safetensors(path)
+    pickled = [path.name for ending in _PICKLED for path in sorted(folder.glob(ending))] if not found else []
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is read. Weights are read "
+            "from safetensors files only: load the model where you trust it and save it anew with save_pretrained."
+        )
+
+
 def check_safetensors(path: Path) -> None:
     """Compares the size of a safetensors file with what its header promises.
 
@@ -140,6 +157,7 @@ def check_safetensors(path: Path) -> None:
         raise CheckpointError(f"{path} is {state}: {actual} bytes, its header promises {expected}. {_REMEDY}")
 
 
+_PICKLED = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 _REMEDY = "Copy or download it again, or use an earlier checkpoint."
 
 

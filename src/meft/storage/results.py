@@ -39,6 +39,11 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """What every file of results says of where it comes from: the command, the time, the versions, the machine."""
+    return {"command": command, "date": now(), "versions": versions(), "hardware": hardware()}
+
+
 def summary_table(results: Mapping[str, Any]) -> Table:
     """The table printed at the end of a run."""
     table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
@@ -79,6 +84,10 @@ def format_bytes(count: int | None) -> str:
 def _rows(results: Mapping[str, Any], costs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     trainable, total = results["trainable_parameters"], results["total_parameters"]
     rows = [(name.replace("_", " "), format_metric(value), "") for name, value in results["metrics"].items()]
+    deployed = results.get("deployed_metrics") or {}
+    rows += [
+        (f"{name.replace('_', ' ')} on the plain model", format_metric(value), "") for name, value in deployed.items()
+    ]
     rows.append(("trainable parameters", f"{trainable:,} ({trainable / total:.2%})", ""))
     if costs:
         ours, theirs = costs["peak_activation_bytes"], costs["reference_peak_activation_bytes"]

@@ -15,9 +15,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
-from meft.methods.registry import check_method, count_parameters
+from meft.methods.registry import count_parameters
 from meft.storage import results
 from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
+from meft.verification.deployment import uncoupled
 
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
@@ -26,7 +27,7 @@ from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
 from .data.base import TaskSpec
 from .kinds.base import Say, say_nothing
-from .preparation import TASK_FILE, Prepared, prepare_training
+from .preparation import TASK_FILE, Prepared, prepare_training, trained_record
 from .runs import RESULTS_FILE, begun_with, claimed, inspect_folder, settings_of
 from .selection import EarlyStopping, check_early_stopping, check_metric
 
@@ -70,7 +71,7 @@ def train(
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
         OutputFolderError: The output folder holds another run.
     """
-    check_method(meft_arguments.method, meft_arguments.options())
+    meft_arguments.way()
     if run_arguments.measure_steps < 0:
         raise ConfigError(f"measure_steps is {run_arguments.measure_steps}; it must be 0 (nothing) or more.")
     check_early_stopping(run_arguments.early_stopping_patience, trainer_arguments)
@@ -94,6 +95,8 @@ def train(
     settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
     record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
+    assert prepared.way is not None
+    record["trained"] = trained_record(prepared.way, settings)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
         run = {}
@@ -123,12 +126,19 @@ def train(
             say(f"Stopped after step {reached.global_step}: {metric} was best at step {reached.best_global_step}.")
         metrics = metrics_of(trainer)
         _save_final(trainer, prepared, folder, record)
+        deployed = None
+        if prepared.way.under is not None:
+            with uncoupled(prepared.model):
+                deployed = metrics_of(trainer)
         found = {
             "method": meft_arguments.method,
             "task": prepared.spec.name,
             "model": model_arguments.model_name_or_path,
             **_figures(trainer, prepared, metrics, costs.found, meft_arguments.method),
+            "trains": prepared.way.method.trains,
+            "coupling": prepared.way.under or prepared.way.method.coupling,
             "settings": settings,
+            "deployed_metrics": deployed,
             "start": None if distance.found is None else finite(asdict(distance.found)),
             "versions": results.versions(),
             "hardware": results.hardware(),
@@ -174,6 +184,7 @@ def build_trainer(
         ),
         before_training=before_training,
         extra_files=extra_files,
+        surroundings=None if prepared.way is None else prepared.way.surroundings,
     )
     if prepared.kind.task_type != "CAUSAL_LM":
         # Their loss is a mean over rows. As these models accept any argument, the Trainer takes it for one over the

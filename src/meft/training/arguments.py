@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError
-from meft.loading.arguments import option
-from meft.methods.registry import METHODS, MethodOptions
-from meft.options import METHOD, UNSET, Option, WithOptions, option_dataclass, options_of
+from meft.methods.arguments import MeftArguments
+from meft.parsing import as_words, option, parse, read_mapping
 
 from .data.files import FileOptions
-from .parsing import as_words, parse, read_mapping
 
 __all__ = [
     "DataArguments",
@@ -110,35 +108,6 @@ class DataArguments:
                 raise ConfigError(f"{name} is {value}; it must be at least 1. Leave it out for no limit.")
 
 
-def _left_out(entry: Option) -> Any:
-    return None if entry.left_out is UNSET else entry.left_out
-
-
-@option_dataclass(options_of(METHOD).values(), _left_out, own_first=True)
-class MeftArguments(WithOptions):
-    """How to fine-tune: a method and its options, as JSON has them.
-
-    None is an option that was left out, the word "none" an option that is None.
-    """
-
-    _argument_group_name: ClassVar[str] = "method"
-
-    method: str = option(f"{', '.join(METHODS[:-1])} or {METHODS[-1]}.", "meft1")
-
-    def __post_init__(self) -> None:
-        for name, entry in options_of(METHOD).items():
-            value = getattr(self, name)
-            if value is not None:
-                value = entry.read(value)
-                entry.check(value)
-                setattr(self, name, entry.write(value))
-
-    def options(self) -> MethodOptions:
-        """The same as `meft.methods.registry` takes them."""
-        given = {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not None}
-        return MethodOptions(**{name: options_of(METHOD)[name].read(value) for name, value in given.items()})
-
-
 @dataclass
 class RunArguments:
     """The output folder and what is measured."""
@@ -170,6 +139,10 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     base_model_name_or_path: str | None = option("An adapter's base model, when it is no longer where it was.")
+    method: str | None = option(
+        "Evaluate on the reversible backbone that the folder was trained on: lora+momentum, say. Left out: on the "
+        "plain model, where what was trained runs on it."
+    )
     split: Literal["validation", "test"] = option("The rows to evaluate on.", "validation")
     results_file: str | None = option("Write the metrics to this JSON file.")
     predictions_file: str | None = option("Write the predictions to this tab-separated file.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class CostsBeforeTraining:
             reference=None if build is None else lambda: build().to(args.device),
             reference_name=REFERENCE,
             autocast=autocast_of(args),
+            surroundings=nullcontext if self.prepared.way is None else self.prepared.way.surroundings,
         )
         if build is not None and found.reference is None:
             self.say(f"{REFERENCE} fine-tuning does not fit into the memory of {args.device}: there is no time ratio.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class CheckpointingTrainer(Trainer):
     Args:
         before_training: Called with the model when it is ready for its first step, before the Trainer's clock starts.
         extra_files: Called with the folder of every checkpoint, to write files of the run's own into it.
+        surroundings: Makes the context that every forward pass runs in.
         scorer: Scores the model at every evaluation, beside `compute_metrics`; returns metrics by name.
         *args: As for `transformers.Trainer`.
         **kwargs: As for `transformers.Trainer`.
@@ -97,12 +99,14 @@ class CheckpointingTrainer(Trainer):
         before_training: Callable[[Any], None] | None = None,
         extra_files: Callable[[Path], None] | None = None,
         scorer: Callable[[Any], dict[str, float]] | None = None,
+        surroundings: Callable[[], AbstractContextManager[Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._before_training = before_training
         self._extra_files = extra_files
         self._scorer = scorer
+        self._surroundings = surroundings
         self._staging: Path | None = None
 
     def train_or_restore(self, checkpoint: Path | None) -> None:
@@ -152,6 +156,13 @@ class CheckpointingTrainer(Trainer):
             return output
         scores = {f"{metric_key_prefix}_{name}": value for name, value in self._scorer(self.model).items()}
         return output._replace(metrics={**(output.metrics or {}), **scores})
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """As the Trainer's, with the surroundings of the way to train."""
+        stack = super().compute_loss_context_manager()
+        if self._surroundings is not None:
+            stack.enter_context(self._surroundings())
+        return stack
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, without a progress bar of its own inside that of the training."""

@@ -72,6 +72,7 @@ def measure_costs(
     reference: Callable[[], nn.Module] | None = None,
     reference_name: str | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> StepCosts:
     """Measures steps of `model` on `batch`, and leaves its gradients, its mode and every generator as they were.
 
@@ -83,9 +84,10 @@ def measure_costs(
             fit into the device's memory, nothing is compared: what is measured may be the only way that does.
         reference_name: What to call it.
         autocast: The context that the steps run in.
+        surroundings: A further one for those of the model.
     """
     with _unchanged(model):
-        steppers = [_Stepper(model.train(), batch, autocast)]
+        steppers = [_Stepper(model.train(), batch, autocast, surroundings)]
         peaks = [steppers[0].peak()]
         if reference is not None:
             with suppress(torch.OutOfMemoryError):
@@ -115,9 +117,13 @@ class _Stepper:
     """Forward and backward passes of one model over one batch."""
 
     def __init__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.model, self.batch, self.autocast = model, batch, autocast
+        self.model, self.batch, self.autocast, self.surroundings = model, batch, autocast, surroundings
 
     def peak(self) -> MemoryReport:
         """The memory of a step."""
@@ -136,7 +142,7 @@ class _Stepper:
         return time.perf_counter() - start
 
     def _step(self) -> None:
-        with self.autocast():
+        with self.autocast(), self.surroundings():
             loss = self.model(**self.batch).loss
         loss.backward()
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meft.loading.arguments import ModelArguments
+from meft.parsing import parse
 from meft.storage import results
 from meft.storage.files import write_json, write_text
 
 from . import build_trainer, metrics_of
-from .arguments import DataArguments, EvaluationArguments, TrainerArguments, parse
+from .arguments import DataArguments, EvaluationArguments, TrainerArguments
 from .checkpoints import CheckpointingTrainer
 from .kinds.base import Say
 from .preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
@@ -21,14 +22,14 @@ _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")
 
 
 def parse_evaluation(
-    argv: Sequence[str],
+    argv: Sequence[str], *, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, EvaluationArguments, TrainerArguments]:
     """Parses the words after `meft evaluate`; what they leave out is taken from the trained model's `task.json`.
 
     Raises:
         ConfigError: As `meft.training.arguments.parse`.
     """
-    model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate")
+    model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate", description=description)
     recorded = read_task_file(model.model_name_or_path).get("arguments", {})
     named = any(getattr(data, name) for name in _SOURCES if name != "data_dir")
     defaults = {name: value for name, value in recorded.items() if not (named and name in _SOURCES)}
@@ -47,7 +48,8 @@ def evaluate(
     """Evaluates a run's output folder, one of its checkpoints, an adapter or a model.
 
     Returns:
-        The metrics; those of a run's output folder on the same rows equal the run's own bit for bit. Empty when the
+        The metrics; those of a run's output folder on the same rows equal the run's own bit for bit (of one trained on
+        a reversible backbone the `deployed_metrics`, and with `--method` those as it was trained). Empty when the
         rows have no labels and only predictions were asked for.
 
     Raises:
@@ -55,7 +57,8 @@ def evaluate(
     """
     split = evaluation_arguments.split
     base = evaluation_arguments.base_model_name_or_path
-    prepared = prepare_evaluation(model_arguments, data_arguments, split, base=base, say=say)
+    method = evaluation_arguments.method
+    prepared = prepare_evaluation(model_arguments, data_arguments, split, base=base, method=method, say=say)
     if not evaluation_arguments.predictions_file:
         check_labelled(prepared.unlabelled, hint=", or --predictions_file to write the predictions instead")
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,6 +70,7 @@ def evaluate(
     if evaluation_arguments.results_file:
         found = {
             "model": model_arguments.model_name_or_path,
+            "method": method,
             "task": prepared.spec.name,
             "split": split,
             "metrics": metrics,

@@ -29,13 +29,13 @@ from meft.backbone.layers import ReversibleLayer
 from meft.errors import CheckpointError, ConfigError, OutputFolderError
 from meft.loading.folders import (
     BASE_FOLDER,
-    TASK_MODELS,
     adapter_config,
     is_adapter,
     load_adapter,
     load_base,
-    load_model,
+    load_plain,
 )
+from meft.loading.tasks import TASK_MODELS
 from meft.options import ADAPTER_ONLY
 from meft.storage.files import publish_folder, read_json, staged, write_json, write_text
 from meft.tuner.peft_type import MEFT
@@ -148,7 +148,7 @@ def _write_saved(
                 f"base_model_name_or_path is {base_name!r}, but {source} holds a whole model, which has no base. Leave "
                 "it out."
             )
-        model = load_model(source, None, **options)
+        model = load_plain(source, **options)
         model.save_pretrained(staging)
         _copy_companions([source], staging)
         return model, "model"

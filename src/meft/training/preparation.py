@@ -11,12 +11,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, enable_full_determinism, set_seed
 
+from meft.backbone.conversion import make_reversible
 from meft.errors import ConfigError, DataError
 from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
-from meft.loading.folders import is_adapter
-from meft.methods.registry import apply_method
-from meft.options import UNSET
+from meft.loading.folders import adapter_config, is_adapter, load_adapter
+from meft.methods.registry import Way, apply_method, read_way
+from meft.options import FUNCTION, METHOD, options_of
 from meft.storage.files import read_json
 
 from .arguments import DataArguments, MeftArguments
@@ -42,6 +43,7 @@ class Prepared:
         skipped: How many rows of a split were left out.
         questions: Rows by split that are scored as texts.
         unlabelled: The splits without labels.
+        way: How the model is trained; `None` for one that is only evaluated.
         reference: Builds the same model for plain full fine-tuning. `None` when nothing is trained.
     """
 
@@ -54,6 +56,7 @@ class Prepared:
     skipped: Mapping[str, int]
     questions: Mapping[str, Dataset] = field(default_factory=dict)
     unlabelled: frozenset[str] = frozenset()
+    way: Way | None = None
     reference: Callable[[], nn.Module] | None = None
 
     @property
@@ -104,26 +107,32 @@ def prepare_training(
         say(f"The checkpoint has no weights for {', '.join(new_modules)}; they start at random and are trained.")
     encoded = kind.encode(data, processor, base, data_arguments, say)
     check_labelled(encoded.unlabelled)
-    options = vars(meft_arguments.options())
-    options |= {name: value for name, value in (settings or {}).items() if options[name] in (None, UNSET)}
-    if meft_arguments.method != "full":
-        heads = kind.heads(base, new_modules)
-        options["modules_to_save"] = tuple(dict.fromkeys((*(options["modules_to_save"] or ()), *heads))) or None
-    model = apply_method(base, meft_arguments.method, task_type=kind.task_type, **options)
+    way = meft_arguments.way(settings=settings)
+    if way.takes("modules_to_save"):
+        named = (*(way.options.get("modules_to_save") or ()), *kind.heads(base, new_modules))
+        way = read_way(way.name, {**way.options, "modules_to_save": tuple(dict.fromkeys(named)) or None})
+    model = way.apply(base, kind.task_type)
 
     def reference() -> nn.Module:
         plain, _ = kind.load_model(model_arguments, name, data.spec, processor)
         return apply_method(plain, "full", task_type=kind.task_type)
 
-    return Prepared(kind, model, processor, data.spec, **vars(encoded), reference=reference)
+    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, reference=reference)
 
 
 def prepare_evaluation(
-    model_arguments: ModelArguments, data_arguments: DataArguments, split: str, *, base: str | None = None, say: Say
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    split: str,
+    *,
+    base: str | None = None,
+    method: str | None = None,
+    say: Say,
 ) -> Prepared:
     """Loads data and a trained model: a run's output folder, a checkpoint, an adapter or an ordinary model.
 
-    An adapter is put on the model called `base`, or on the one that it names itself.
+    An adapter is put on the model called `base`, or on the one that it names itself. What was trained on a reversible
+    backbone is loaded on the plain model, as everybody else loads it, unless `method` names the way it was trained.
 
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
@@ -132,7 +141,7 @@ def prepare_evaluation(
     name = loading.absolute(model_arguments.model_name_or_path)
     base_name = name
     if is_adapter(name):
-        said = loading.load_adapter_config(name, kind.task_type).base_model_name_or_path
+        said = adapter_config(Path(name), kind.task_type).base_model_name_or_path
         base_name = loading.absolute(base or said or "")
     config = loading.load_config(model_arguments, base_name, kind.what)
     labels = read_task_file(name).get("labels")
@@ -146,7 +155,9 @@ def prepare_evaluation(
         loading.check_trained(name, new_modules)
         model = plain
     else:
-        model = loading.load_adapter(plain, name, base_name)
+        model = load_adapter(plain, Path(name), base_name=base_name)
+    if method is not None:
+        _as_trained(model, name, method)
     return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded))
 
 
@@ -154,6 +165,38 @@ def read_task_file(name: str) -> dict[str, Any]:
     """What `task.json` in a model's folder says; nothing when there is none."""
     path = Path(name) / TASK_FILE
     return read_json(path) if path.is_file() else {}
+
+
+def trained_record(way: Way, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `task.json` says of a reversible backbone, for `meft evaluate --method`; None without one."""
+    if way.under is None:
+        return None
+    options = {name: value for name, value in way.options.items() if way.of_coupling(name)}
+    words = {name: options_of(METHOD)[name].write(value) for name, value in {**options, **(settings or {})}.items()}
+    return {"method": way.name, "options": words}
+
+
+def _as_trained(model: nn.Module, name: str, method: str) -> None:
+    """Puts a trained model on the reversible backbone that it was trained on.
+
+    Raises:
+        ConfigError: The way has no backbone of its own, or the folder does not say that it was trained so.
+    """
+    way, trained = read_way(method), read_task_file(name).get("trained") or {}
+    if way.under is None:
+        raise ConfigError(
+            f"method is {method!r}, under which there is no reversible backbone. Leave --method out: a folder is "
+            "evaluated as what it holds."
+        )
+    if trained.get("method") != way.name:
+        said = f"was trained by {trained['method']}" if "method" in trained else "does not say how it was trained"
+        raise ConfigError(
+            f"method is {method!r}, but {name} {said}. Give --method as it was trained by, or leave it out for the "
+            "plain model."
+        )
+    known = options_of(FUNCTION)
+    words = {option: value for option, value in trained.get("options", {}).items() if option in known}
+    make_reversible(model, coupling=way.under, **{option: known[option].read(value) for option, value in words.items()})
 
 
 def check_labelled(unlabelled: Collection[str], hint: str = "") -> None:

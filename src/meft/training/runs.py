@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from meft.backbone.layers import ReversibleLayer
 from meft.errors import BusyFolderError, OutputFolderError
-from meft.options import PLACES
+from meft.options import FUNCTION, PLACES, options_of
 from meft.storage.files import read_json, write_json
 from meft.storage.results import now
 from meft.tuner.config import SETTINGS, MeftConfig, saved_before
@@ -108,10 +109,20 @@ def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
 
 
 def settings_of(model: Any) -> dict[str, Any] | None:
-    """What a MEFT adapter took where its options left it open; None for a model without one."""
+    """What a MEFT adapter or a reversible backbone took where its options left it open; None for a model without."""
     configs = getattr(model, "peft_config", None)
     config = configs.get("default") if isinstance(configs, dict) else None
-    return {name: getattr(config, name) for name in SETTINGS} if isinstance(config, MeftConfig) else None
+    if isinstance(config, MeftConfig):
+        return {name: getattr(config, name) for name in SETTINGS}
+    for layer in model.modules():
+        if isinstance(layer, ReversibleLayer) and (placement := layer.placement()) is not None:
+            taken, known = placement.reversible_stack.plan.options(), options_of(FUNCTION)
+            return {
+                name: taken[name]
+                for name in SETTINGS
+                if name in known and known[name].means_something(taken["coupling"])
+            }
+    return None
 
 
 def begun_with(folder: Path, method: str) -> dict[str, Any]:

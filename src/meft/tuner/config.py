@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from meft.backbone.plan import Plan
 from meft.engine.couplings import COUPLINGS
-from meft.errors import CheckpointError, ConfigError
+from meft.errors import ConfigError
 from meft.options import (
     ADAPTER_ONLY,
     CONFIG,
@@ -23,6 +23,7 @@ from meft.options import (
     options_of,
     plan_options,
 )
+from meft.storage.files import check_safetensors
 
 from .peft_type import MEFT
 
@@ -127,7 +128,9 @@ class MeftConfig(WithOptions, PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.loaded_from = str(pretrained_model_name_or_path)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_safetensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            check_safetensors(weights)
         return config
 
     def _refuse_coupling_options(self) -> None:
@@ -147,17 +150,3 @@ def saved_before(coupling: str) -> dict[str, Any]:
         for name, option in options_of(CONFIG).items()
         if option.before is not None and option.means_something(coupling)
     }
-
-
-def check_safetensors(path: str) -> None:
-    """Raises CheckpointError if a safetensors file that exists cannot be read whole."""
-    if not os.path.isfile(path):
-        return
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({os.path.getsize(path)} bytes; {error}). It cannot be loaded "
-            "in part. Copy it again, or save the adapter anew."
-        ) from error

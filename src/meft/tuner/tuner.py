@@ -341,7 +341,7 @@ def _refuse_plain_reversible(stacks: list[Stack]) -> None:
     for stack in stacks:
         if any(type(layer) is ReversibleLayer for layer in stack.layers):
             raise ConfigError(
-                f"{stack.name} of {type(stack.owner).__name__} was made reversible by make_reversible. Call "
+                f"{stack} was made reversible by make_reversible. Call "
                 "meft.restore(model) before adding a MEFT adapter."
             )
 
@@ -354,7 +354,7 @@ def _refuse_same_name(stacks: list[Stack], adapter_name: str, config: MeftConfig
                 plan = layer.meft_places[adapter_name][0].plan
                 coupling = ADAPTER_ONLY if plan.coupling is None else plan.coupling.name
                 raise ConfigError(
-                    f"{stack.name} of {type(stack.owner).__name__} has a MEFT adapter {adapter_name!r} already, of "
+                    f"{stack} has a MEFT adapter {adapter_name!r} already, of "
                     f"coupling={coupling!r}; another one of coupling={config.coupling!r} cannot take its place. Add it "
                     "under a name of its own, model.add_adapter(name, config), and switch with "
                     "model.set_adapter(name); or call model.unload() first."
@@ -365,7 +365,7 @@ def _refuse_shared(stack: Stack) -> None:
     """PEFT visits a module once, however often it stands in a list."""
     if len({id(layer) for layer in stack.layers}) < len(stack.layers):
         raise UnsupportedModelError(
-            f"{stack.name} of {type(stack.owner).__name__} holds the same layer several times, which would share one "
+            f"{stack} holds the same layer several times, which would share one "
             "set of adapters. Use make_reversible with LoRA, or give each place a layer of its own."
         )
 
@@ -418,7 +418,7 @@ def _take_wrappers_off(stack: Stack, plan: Plan) -> None:
     wrapped = [index for index, layer in enumerate(stack.layers) if is_wrapped(layer)]
     if not wrapped:
         return
-    names = [f"{stack.name}.{index} of {type(stack.owner).__name__}" for index in wrapped]
+    names = [stack.layer_name(index) for index in wrapped]
     if plan.coupling is None:
         raise UnsupportedModelError(
             f"{names[0]} is inside a {type(stack.layers[wrapped[0]]).__name__}, where adapters cannot be placed. Add "

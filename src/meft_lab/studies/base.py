@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from meft.training.arguments import parse
+from meft.parsing import option, parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,11 +95,6 @@ class Parsed:
     def __getitem__(self, kind: type[Kind]) -> Kind:
         """The arguments of one dataclass."""
         return next(group for group in self.groups if isinstance(group, kind))
-
-
-def option(help_text: str, default: Any = None) -> Any:
-    """A field of a dataclass of arguments."""
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass

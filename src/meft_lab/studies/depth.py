@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft.memory.estimation.recipes import read_recipe
+from meft.methods.registry import read_way
 from meft.options import check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option
+from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick
 from .probes import step_costs, verified
 from .report import number, ratio, size, yes_no
 
@@ -51,7 +52,7 @@ class Grid:
         check_integer("seq_length", self.seq_length, 2)
         check_integer("width", self.width, 2 * HEADS)
         for method in self.methods:
-            read_recipe(method, {})
+            read_way(method, {})
 
 
 def rows(request: Request) -> list[Row]:
@@ -71,7 +72,7 @@ def rows(request: Request) -> list[Row]:
 
 def _measure(grid: Grid, seed: int, depth: int, method: str, tick: Tick) -> Found:
     batch = _batch(grid, seed)
-    coupled = read_recipe(method, {}).coupled
+    coupled = read_way(method, {}).coupled
     reference = None if method == REFERENCE else lambda: _trainable(grid, seed, depth, REFERENCE)
     found = step_costs(_trainable(grid, seed, depth, method), batch, reference, grid.rounds)
     tick(0.5)
@@ -103,7 +104,7 @@ def _trainable(grid: Grid, seed: int, depth: int, method: str, **options: Any) -
         eos_token_id=2,
         use_cache=False,
     )
-    return read_recipe(method, options).apply(LlamaForCausalLM(config), "CAUSAL_LM")
+    return read_way(method, options).apply(LlamaForCausalLM(config), "CAUSAL_LM").train()
 
 
 def _batch(grid: Grid, seed: int) -> dict[str, Tensor]:

@@ -19,14 +19,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from meft.backbone.conversion import layer_drop_unsaid
 from meft.errors import UnsupportedModelError
 from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
-from meft.memory.estimation.recipes import read_recipe
+from meft.methods.registry import read_way
 from meft.options import check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick, option
+from .base import Cell, Column, FolderArguments, Found, Request, Row, Study, Tick
 from .probes import step_costs, unwarned, verified
 from .report import number, ratio, size, yes_no
 
@@ -66,7 +68,7 @@ class Grid:
             check_integer(name, getattr(self, name), 1)
         check_integer("seq_length", self.seq_length, 2)
         for method in self.methods:
-            read_recipe(method, {})
+            read_way(method, {})
 
 
 def rows(request: Request) -> list[Row]:
@@ -90,7 +92,7 @@ def _measure(grid: Grid, seed: int, model: str, method: str, tick: Tick) -> Foun
     reference = None if method == REFERENCE else partial(build, REFERENCE)
     found = step_costs(build(method), batch, reference, grid.rounds)
     tick(0.3)
-    coupled = read_recipe(method, {}).coupled
+    coupled = read_way(method, {}).coupled
     if coupled:
         report = verified(build(method), batch)
         found |= {name: report[name] for name in ("bitwise", "gradient_error", "starting_point")}
@@ -103,9 +105,10 @@ def _measure(grid: Grid, seed: int, model: str, method: str, tick: Tick) -> Foun
     return found
 
 
+@layer_drop_unsaid()
 def _trainable(seed: int, model: str, method: str, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return read_recipe(method, options).apply(_base(model), "SEQ_2_SEQ_LM")
+    return read_way(method, options).apply(_base(model), "SEQ_2_SEQ_LM").train()
 
 
 def _base(model: str) -> PreTrainedModel:

@@ -17,10 +17,11 @@ from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
 from meft.methods.registry import apply_method
 from meft.options import check_choice, check_integer
+from meft.parsing import option
 from meft.verification.batches import random_batch, text_batch
 
 from . import figures
-from .base import Cell, Column, FolderArguments, Found, Parsed, Request, Row, Study, Tick, option
+from .base import Cell, Column, FolderArguments, Found, Parsed, Request, Row, Study, Tick
 from .probes import adapter_gradients, gradient_distance, verified, without_dropout
 from .report import number, yes_no
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from meft.errors import ConfigError
-from meft.methods.registry import COUPLED_METHODS
+from meft.methods.table import COUPLED_METHODS
 from meft.options import INIT_STD, check_choice
 
 from . import figures

@@ -10,9 +10,10 @@ import torch
 
 from meft.methods.registry import METHODS
 from meft.options import check_choice, check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Column, Found, Request, Row, Study, option
+from .base import Column, Found, Request, Row, Study
 from .report import plain, ratio, score, size
 from .trained import costs_cell, training_cells
 
@@ -56,7 +57,7 @@ def rows(request: Request) -> list[Row]:
             request.say("float16-autocast is left out: the Trainer has it on a GPU only.")
             continue
         for method in grid.methods:
-            check_choice("methods", method, METHODS)
+            check_choice("methods", method, tuple(METHODS))
             label = f"{method}, {name}"
             words = ("--method", method, *_words(name))
             cells = [costs_cell(request, label, words, grid.rounds), *training_cells(request, label, words)]

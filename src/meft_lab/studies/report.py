@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from meft.storage.results import format_bytes
+from meft.storage.terminal import markdown_table
 
 from .base import Column, Found
 
@@ -33,9 +34,9 @@ def markdown(study: Study, results: Found) -> str:
     lines = [f"# {study.title}", "", study.sentence, ""]
     if results["quick"]:
         lines += ["**A smoke run with --quick: its figures mean nothing.**", ""]
-    lines.append("| " + " | ".join(column.heading for column in columns) + " |")
-    lines.append("|" + "|".join(" --- " if column.form is str else " ---: " for column in columns) + "|")
-    lines += ["| " + " | ".join(_cell(column, row) for column in columns) + " |" for row in results["rows"]]
+    cells = [[_cell(column, row) for column in columns] for row in results["rows"]]
+    left = [place for place, column in enumerate(columns) if column.form is str]
+    lines += markdown_table([column.heading for column in columns], cells, left=left)
     lines += ["", *(f"{note}\n" for note in study.notes)]
     problems = dict.fromkeys(row["problem"] for row in results["rows"] if row.get("problem"))
     lines += [*(f"Stopped: {problem}\n" for problem in problems)]

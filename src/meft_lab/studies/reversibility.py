@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meft.errors import ConfigError
-from meft.methods.registry import COUPLED_METHODS
+from meft.methods.table import COUPLED_METHODS
 from meft.options import check_choice, check_integer
+from meft.parsing import option
 
 from . import figures
-from .base import Column, Found, Request, Row, Study, option
+from .base import Column, Found, Request, Row, Study
 from .report import plain, ratio, score, size
 from .trained import costs_cell, depth_of, training_cells
 

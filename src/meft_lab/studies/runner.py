@@ -20,7 +20,7 @@ from meft.errors import MissingPackageError, OutputFolderError
 from meft.loading.arguments import ModelArguments
 from meft.storage.figures import save_figure
 from meft.storage.files import finite, is_kind, read_json, write_json, write_text
-from meft.storage.results import hardware, now, versions
+from meft.storage.results import hardware, now, provenance, versions
 from meft.training.arguments import DataArguments, MeftArguments, TrainerArguments
 from meft_lab.demo import PACKAGE, packaged_model
 
@@ -73,13 +73,10 @@ def run_study(study: Study, argv: Sequence[str], *, command: str, console: Conso
         "study": study.name,
         "title": study.title,
         "quick": parsed[StudyArguments].quick,
-        "command": command,
-        "date": now(),
         "model": _model_name(parsed.groups),
         "arguments": _arguments(parsed.groups),
         "rows": found,
-        "versions": versions(),
-        "hardware": hardware(),
+        **provenance(command),
     }
     write_text(folder / f"{study.name}.md", markdown(study, results))
     save_figure(study.draw(found), folder / f"{study.name}.svg")

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from meft.errors import ConfigError
+from meft.parsing import option
 
 from . import figures
-from .base import Column, Found, Request, Row, Study, option
+from .base import Column, Found, Request, Row, Study
 from .report import number, plain, score
 from .trained import Change, training_cells
 

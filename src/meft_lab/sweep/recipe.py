@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from meft.errors import ConfigError
-from meft.training.arguments import read_mapping
+from meft.parsing import read_mapping
 
 Point = dict[str, str]
 Axes = dict[str, tuple[str, ...]]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from meft.errors import BusyFolderError, ConfigError, MeftError, OutputFolderError
-from meft.methods.registry import check_method
+from meft.parsing import as_words, parse
 from meft.storage.files import read_json
 from meft.training import RESULTS_FILE, TRAIN_TYPES, train
-from meft.training.arguments import as_words, flat, parse
+from meft.training.arguments import flat
 from meft.training.kinds import check_options
 from meft.training.kinds.base import Say, say_nothing
 from meft.training.runs import differences
@@ -29,6 +29,7 @@ from .recipe import Choice, Point, Recipe
 _UNSAFE = str.maketrans({character: "-" for character in '/\\:*?"<>| '})
 # What is counted of rows that were not used as they are.
 LOST = {"truncated_rows": "cut", "skipped_rows": "left out"}
+DEPLOYED = "deployed_"
 _WAIT = 10.0  # seconds between looks at a run that another process is at
 
 
@@ -214,8 +215,7 @@ class Sweep:
     def _check(self, run: Run) -> None:
         try:
             arguments = parse(TRAIN_TYPES, run.words(), command="sweep")
-            method = arguments[2]
-            check_method(method.method, method.options())
+            arguments[2].way()
             arguments[1].check_source(("train", "validation"))
             check_options(arguments[1])
         except ConfigError as error:
@@ -273,7 +273,8 @@ def score_of(results: Mapping[str, Any], metric: str | None = None) -> float | N
 
     Args:
         results: What `results.json` holds.
-        metric: The metric's name; `None` for the first, which is the task's main one.
+        metric: The metric's name; `None` for the first, which is the task's main one. `deployed_accuracy` is the
+            accuracy on the plain model, of what was trained on a reversible backbone.
 
     Returns:
         The score, `None` where it is undefined.
@@ -283,6 +284,10 @@ def score_of(results: Mapping[str, Any], metric: str | None = None) -> float | N
     """
     scores = {name: value for name, value in results["metrics"].items() if not name.endswith("loss")}
     name = metric or next(iter(scores)).removeprefix("matched_").removeprefix("mismatched_")
+    if name.startswith(DEPLOYED):
+        # What is not coupled is deployed as it was trained.
+        deployed = results.get("deployed_metrics") or results["metrics"]
+        return score_of({**results, "metrics": deployed}, name.removeprefix(DEPLOYED))
     found = [value for key, value in scores.items() if key in (name, f"matched_{name}", f"mismatched_{name}")]
     if not found:
         raise ConfigError(

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from meft.storage import results
+from meft.storage.terminal import markdown_table
 
 from .recipe import Recipe, name_of, row_names
 from .runs import LOST, Outcome, Run, lost_rows, score_of
@@ -44,8 +45,6 @@ def table_of(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
         ],
         "failed": dict(outcome.failed),
         "runs": [_run(recipe, run, found) for run, found in outcome.finished.values()],
-        "versions": results.versions(),
-        "hardware": results.hardware(),
     }
 
 
@@ -60,7 +59,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         + ["trainable"]
         + (["peak activations", "step time"] if measured else [])
     )
-    lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
+    rows = []
     for row in table["rows"]:
         cells = [row["name"], *(_shown(row["cells"][column], table) for column in table["columns"])]
         cells += [_shown(row[MEAN], table)] if several else []
@@ -70,8 +69,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         if measured:
             ratio = row["step_time_ratio"]
             cells += [results.format_bytes(row["peak_activation_bytes"]), "" if ratio is None else f"{ratio:.2f}"]
-        lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(table, measured)]) + "\n"
+        rows.append(cells)
+    return "\n".join([*markdown_table(heads, rows), "", *_notes(table, measured)]) + "\n"
 
 
 def csv_text(table: Mapping[str, Any]) -> str:
@@ -203,7 +202,3 @@ def _notes(table: Mapping[str, Any], measured: bool) -> list[str]:
         notes += [f"{run['point'].get('task', 'All')}: {text}." for text in lost_rows(run)]
     notes += [f"Failed: {title}: {reason}" for title, reason in table["failed"].items()]
     return [f"- {note}" for note in _ordered(notes)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,44 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from meft.errors import CheckpointError, ConfigError, MeftWarning, UnsupportedModelError, first_line
+from meft.loading.models import read_config
+from meft.loading.tasks import IMAGES, TASK_MODELS, task_type_of
 
-IMAGES = "IMAGE_CLS"
-TASK_MODELS: dict[str, Any] = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": AutoModel,
-    IMAGES: AutoModelForImageClassification,
-}
-"""The task heads, by PEFT's names, and one for images, which PEFT has no name for."""
-
-_ENDINGS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForImageClassification": IMAGES,
-}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ATTENTIONS = ("sdpa", "eager")
 _UNPADDED = "meft_unpadded_sdpa"
@@ -175,7 +144,7 @@ def read_blueprint(
         )
     config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else _load_config(str(model), hub)
     name = (config.name_or_path or config.model_type) if isinstance(model, PretrainedConfig) else str(model)
-    task = task_type or _task_type_of(config)
+    task = task_type or task_type_of(config) or _usual_task(config)
     text = config.get_text_config()
     text.use_cache = config.use_cache = False  # as Trainer has it
     if task != IMAGES and getattr(text, "pad_token_id", None) is None:
@@ -230,27 +199,11 @@ def _load_config(name: str, hub: dict[str, Any]) -> PretrainedConfig:
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist. Give a model's folder, its config.json, or its name on the hub.")
-    try:
-        return AutoConfig.from_pretrained(name, **hub)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"The configuration of {name} is no valid JSON ({error}). Copy it again.") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"The configuration of {name} could not be loaded: {first_line(error)} Give a model's folder, its "
-            "config.json, or its name on the hub."
-        ) from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{name} is no model that Transformers {transformers.__version__} knows: {first_line(error)}"
-        ) from error
+    return read_config(name, **hub)
 
 
-def _task_type_of(config: PretrainedConfig) -> str:
-    """What a configuration was saved for by the name of its class; language modelling where that says nothing."""
-    for architecture in config.architectures or ():
-        for ending, task_type in _ENDINGS.items():
-            if architecture.endswith(ending):
-                return task_type
+def _usual_task(config: PretrainedConfig) -> str:
+    """What a model whose configuration says nothing is taken for: language modelling where it can."""
     if hasattr(config, "image_size") and not hasattr(config.get_text_config(), "vocab_size"):
         return IMAGES
     known = transformers.models.auto.modeling_auto

@@ -58,10 +58,9 @@ def estimate(
 
     Args:
         model: A name on the hub, a folder, a `config.json`, or a configuration of Transformers.
-        method: "full", "lora", "ia3", "bitfit", "adapter", "meft1", "meft2", "meft3" or "momentum"; all but the last
-            four also with "+checkpointing" (gradient checkpointing) or "+offload" (`torch.autograd.graph.save_on_cpu`;
-            what lies on the host is not counted); full, lora, ia3 and bitfit with "+momentum", "+meft1", ...
-            (`meft.make_reversible` under them).
+        method: A way to train (`meft.methods.registry.WAYS`): "full", "lora", "momentum", ..., on a reversible backbone
+            "lora+momentum", with gradient checkpointing "lora+checkpointing", with what is saved for the backward pass
+            on the host "lora+offload" (`torch.autograd.graph.save_on_cpu`; the host's memory is not counted).
         batch_size: Rows of a batch.
         seq_len: Tokens of a row; of no meaning for models of images.
         dtype: Of the weights: float32, bfloat16, float16 or float64.
@@ -79,8 +78,7 @@ def estimate(
         progress: Called with a description before every step that is run.
         revision: Of the model on the hub.
         trust_remote_code: Whether to run code that comes with the model.
-        **options: Of the method: the fields of `methods.MethodOptions` (bottleneck_dim, lora_rank, frozen_layers,
-            gamma, ...), and for a coupling under another method those of `meft.make_reversible`.
+        **options: Of the method, and of the coupling under it (`meft.options`): bottleneck_dim, lora_rank, gamma, ...
 
     Returns:
         The `MemoryEstimate`. Print it with rich for the table by cause.

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from meft.errors import ConfigError
+from meft.methods.registry import read_way
 from meft.storage.results import format_bytes
 
 from ..measurement.causes import CAUSES, GRADIENTS, OPTIMIZER_STATE
 from .blueprint import Blueprint, check_seq_len, read_dtype
 from .optimizers import optimizer_maker
 from .predict import Predictor, StepPeak, optimizer_bytes
-from .recipes import read_recipe
 from .report import WEIGHTS, BudgetError, MemoryEstimate
 from .search import largest
 
@@ -48,12 +48,12 @@ class Estimator:
     ) -> None:
         make_optimizer = optimizer_maker(optimizer, foreach=device == "cuda")
         self.blueprint, self.device, self.optimizer = blueprint, device, optimizer
-        self.recipe = read_recipe(method, options)
+        self.way = read_way(method, options)
         mixed = None if autocast is None else read_dtype(autocast)
         self.progress = progress or (lambda _: None)
-        self.progress(f"{self.recipe.name}: building")
+        self.progress(f"{self.way.name}: building")
         self.rounding = _CUDA_ROUNDING if device == "cuda" else 1
-        self.predictor = Predictor(blueprint, self.recipe, mixed, self.rounding)
+        self.predictor = Predictor(blueprint, self.way, mixed, self.rounding)
         trained = self.predictor.model
         self.trainable = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         self.parameters = sum(parameter.numel() for parameter in trained.parameters())
@@ -75,7 +75,7 @@ class Estimator:
         total = self._total(step)
         return MemoryEstimate(
             model=self.blueprint.name,
-            method=self.recipe.name,
+            method=self.way.name,
             task_type=self.blueprint.task_type,
             dtype=str(self.blueprint.dtype).removeprefix("torch."),
             optimizer=self.optimizer,
@@ -93,7 +93,7 @@ class Estimator:
             activation_causes=step.activations,
             total_bytes=sum(total.values()),
             total_causes=total,
-            code=self.recipe.code(self.blueprint.task_type),
+            code=self.way.code(self.blueprint.task_type),
             limited=limited,
         )
 
@@ -125,7 +125,7 @@ class Estimator:
         if size is None:
             rows, tokens = shape(low)
             raise BudgetError(
-                f"budget is {format_bytes(budget)}, in which nothing fits: {self.recipe.name} needs at least "
+                f"budget is {format_bytes(budget)}, in which nothing fits: {self.way.name} needs at least "
                 f"{format_bytes(smallest)} ({rows} x {tokens} tokens), {format_bytes(self.weights)} of it for weights. "
                 f"Give a larger budget, another method, or a smaller {'batch_size' if sequence else 'seq_len'}.",
                 smallest,
@@ -135,7 +135,7 @@ class Estimator:
     def _step(self, batch_size: int, seq_len: int) -> StepPeak:
         size = batch_size, seq_len
         if size not in self._found:
-            self.progress(f"{self.recipe.name}: {batch_size} x {seq_len}")
+            self.progress(f"{self.way.name}: {batch_size} x {seq_len}")
             self._found[size] = self.predictor.at(batch_size, seq_len)
         return self._found[size]
 

@@ -12,21 +12,23 @@ to come out as predicted in every phase, to the byte; else the model is run whol
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
-from meft.backbone.conversion import find_stacks
+from meft.backbone.conversion import find_stacks, layer_drop_unsaid
 from meft.errors import UnsupportedModelError, first_line
+from meft.methods.registry import OFFLOAD, Way
 
 from ..measurement.causes import Attribution, Phase
 from ..measurement.marks import watched
 from .blueprint import Blueprint
-from .fake import make_fake, record_fake
-from .recipes import Recipe
+from .fake import make_fake, offloaded, record_fake
 
 # Layers at either end of a stack that are told apart from those in the middle.
 _ENDS = 2
@@ -48,24 +50,24 @@ class Predictor:
 
     Args:
         blueprint: the model.
-        recipe: the way.
+        way: how it is trained.
         autocast: dtype of mixed precision, or None.
         rounding: every block takes a multiple of this many bytes.
     """
 
-    def __init__(self, blueprint: Blueprint, recipe: Recipe, autocast: torch.dtype | None, rounding: int) -> None:
-        self.blueprint, self.recipe, self.autocast, self.rounding = blueprint, recipe, autocast, rounding
+    def __init__(self, blueprint: Blueprint, way: Way, autocast: torch.dtype | None, rounding: int) -> None:
+        self.blueprint, self.way, self.autocast, self.rounding = blueprint, way, autocast, rounding
         base = blueprint.build()
         alike = all(_alike(stack.layers) for stack in find_stacks(base))
-        self.model = recipe.apply(base, blueprint.task_type)
+        self.model = self._trainable(base)
         self.depths = tuple(len(stack.layers) for stack in find_stacks(self.model))
-        fixed = int(recipe.options.get("frozen_layers") or 0) + int(recipe.options.get("cached_layers") or 0)
+        fixed = int(way.options.get("frozen_layers") or 0) + int(way.options.get("cached_layers") or 0)
         shallow = fixed + 2 * _ENDS
         self._shallow = tuple(min(depth, shallow) for depth in self.depths)
-        self.whole = not alike or bool(recipe.options.get("anchor_every")) or max(self.depths) <= shallow + 2
+        self.whole = not alike or bool(way.options.get("anchor_every")) or max(self.depths) <= shallow + 2
         self._checked = False
         self._built: dict[tuple[int, ...], tuple[FakeTensorMode, nn.Module]] = {}
-        self._low = int(recipe.options.get("frozen_layers") or 0) + _ENDS
+        self._low = int(way.options.get("frozen_layers") or 0) + _ENDS
 
     def at(self, batch_size: int, seq_len: int) -> StepPeak:
         """The peak for a batch of `batch_size` rows of `seq_len` tokens (which models of images do not look at).
@@ -125,7 +127,7 @@ class Predictor:
             raise
         except Exception as error:
             raise UnsupportedModelError(
-                f"A step of {self.blueprint.name} ({type(model).__name__}) by {self.recipe.name} with batch_size="
+                f"A step of {self.blueprint.name} ({type(model).__name__}) by {self.way.name} with batch_size="
                 f"{batch_size} and seq_len={seq_len} cannot run on tensors without values: {type(error).__name__}: "
                 f"{first_line(error)} Measure a real step with meft.measure instead, or choose another task_type."
             ) from error
@@ -160,14 +162,19 @@ class Predictor:
             base = self.blueprint.build()
             for stack, depth in zip(find_stacks(base), depths, strict=True):
                 del stack.layers[depth:]
-            model = self.recipe.apply(base, self.blueprint.task_type)
+            model = self._trainable(base)
             mode = FakeTensorMode()
             make_fake(model, mode)
             self._built[depths] = mode, model
         return self._built[depths]
 
+    @layer_drop_unsaid()
+    def _trainable(self, model: PreTrainedModel) -> nn.Module:
+        return self.way.apply(model, self.blueprint.task_type).train()
+
     def _step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None), self.recipe.surroundings():
+        around = offloaded() if self.way.around == OFFLOAD else nullcontext()
+        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None), around:
             loss = _loss(model(**batch))  # the logits are not held any longer
         loss.backward()
 

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from meft.errors import ConfigError
+from meft.loading.tasks import IMAGES
 from meft.storage.results import format_bytes
 
 from ..measurement.causes import CAUSES
-from .blueprint import IMAGES
 
 WEIGHTS = "weights"
 

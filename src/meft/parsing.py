@@ -1,4 +1,11 @@
-"""From words on the command line, and from a YAML or JSON file, to dataclasses of arguments.
+"""From words on the command line, and from a YAML or JSON file, to dataclasses of arguments: for every command.
+
+Example:
+    >>> @dataclass
+    ... class ExportArguments:
+    ...     source: str = field(metadata={"help": "The folder of a run.", "positional": True})
+    ...     merge: bool | None = option("Fold the adapter into its base.")
+    >>> parse((ExportArguments,), ["runs/rte", "--no-merge"], command="export")
 
 A file is turned into command-line words that stand before the ones typed. So both pass through the same parser, a
 word typed later wins, and `5e-5`, which YAML reads as a string, becomes the number that was meant.
@@ -9,8 +16,8 @@ from __future__ import annotations
 import json
 import re
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -18,6 +25,7 @@ from typing import Any, ClassVar, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from meft.errors import ConfigError
 from meft.options import Option
@@ -28,33 +36,45 @@ _BOOL = "tag:yaml.org,2002:bool"
 _ALIAS = re.compile(r"(?<=\w)/--[\w-]+")
 
 
+def option(help_text: str, default: Any = None) -> Any:
+    """A field of a dataclass of arguments, with the sentence that `--help` says of it.
+
+    Fields that this cannot say have metadata of their own: `positional` for one that is given without its name,
+    `several` for one whose name may stand several times and whose values add up.
+    """
+    return field(default=default, metadata={"help": help_text})
+
+
 class _Help(ArgumentDefaultsHelpFormatter):
     """One name an argument, without the hyphenated alias, the name in capitals, and defaults of None."""
 
     def _format_action_invocation(self, action: Action) -> str:
         choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
-        return next(name for name in action.option_strings if name.startswith("--")) + choices
+        names = (name for name in action.option_strings if name.startswith("--"))
+        return next(names, action.dest) + choices
 
     def _get_help_string(self, action: Action) -> str | None:
         # The options of the table say their defaults in words.
-        said = " Left out: " in (action.help or "")
-        return action.help if action.default is None or said else super()._get_help_string(action)
+        said = "Left out: " in (action.help or "")
+        nothing = action.default in (None, SUPPRESS) or not action.option_strings
+        return action.help if nothing or said else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: Field[Any]) -> None:
-        option = field.metadata.get("option")
-        if option is None:
-            HfArgumentParser._parse_dataclass_field(parser, field)
+        option, help_text = field.metadata.get("option"), str(field.metadata.get("help", "")).replace("%", "%%")
+        if option is not None:
+            _add_option(parser, option, field.default)
+        elif field.metadata.get("positional"):
+            parser.add_argument(field.name, help=help_text)
+        elif field.metadata.get("several"):
+            parser.add_argument(*_names(field.name), nargs="+", action="extend", default=[], help=help_text)
+        elif field.type in (bool | None, "bool | None"):
+            _add_switch(parser, field.name, string_to_bool, default=field.default, help=help_text)
         else:
-            add_option(parser, option, field.default)
+            HfArgumentParser._parse_dataclass_field(parser, field)
 
-    def error(self, message: str) -> NoReturn:
-        raise _refused(message, self.prog)
-
-
-class _OptionParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _refused(message, self.prog)
 
@@ -64,60 +84,97 @@ def _refused(message: str, command: str) -> ConfigError:
     return ConfigError(f"{message[0].upper()}{message[1:]}. See {command} --help.")
 
 
-def option_parser(command: str, options: Iterable[Option]) -> ArgumentParser:
-    """A parser of options of the table alone; it finds those that are given, as words."""
-    parser = _OptionParser(prog=command, allow_abbrev=False, add_help=False)
-    for option in options:
-        add_option(parser, option, SUPPRESS)
-    return parser
-
-
-def add_option(parser: Any, option: Option, default: Any = None) -> None:
-    """Adds an option of the table to a parser or a group of one, under its name with underscores and with hyphens.
+def _add_option(parser: Any, option: Option, default: Any) -> None:
+    """Adds an option of the table to a parser or a group of one.
 
     A word that stands for no value of the option is kept as it is, for the option's own check to refuse.
     """
-    names = list(dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}")))
-    kind: dict[str, Any] = {"default": default, "help": option.help_text().replace("%", "%%")}
+    how: dict[str, Any] = {"default": default, "help": option.help_text().replace("%", "%%")}
     if isinstance(option.kind, Flag):
-        parser.add_argument(*names, type=option.read, nargs="?", const=True, **kind)
-        off = list(dict.fromkeys((f"--no_{option.name}", f"--no-{option.name.replace('_', '-')}")))
-        parser.add_argument(*off, dest=option.name, action="store_false", default=default, help=SUPPRESS)
+        _add_switch(parser, option.name, option.read, **how)
     elif option.kind.several:
-        parser.add_argument(*names, nargs="+", **kind)
+        parser.add_argument(*_names(option.name), nargs="+", **how)
     else:
-        parser.add_argument(*names, type=str, **kind)
+        parser.add_argument(*_names(option.name), type=str, **how)
+
+
+def _add_switch(parser: Any, name: str, read: Any, *, default: Any, **how: Any) -> None:
+    """Adds `--name`, `--name false` and `--no_name`."""
+    parser.add_argument(*_names(name), type=read, nargs="?", const=True, default=default, **how)
+    off = [*_names(f"no_{name}"), f"--no-{name}"]
+    parser.add_argument(*dict.fromkeys(off), dest=name, action="store_false", default=default, help=SUPPRESS)
+
+
+def _names(name: str) -> list[str]:
+    """A name with underscores and with hyphens."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 @cache
-def _parser(types: tuple[Any, ...], command: str) -> _Parser:
+def _parser(types: tuple[Any, ...], command: str, description: str | None) -> _Parser:
     """Made once: a sweep parses the arguments of hundreds of runs before the first of them begins."""
-    usage = f"meft {command} [arguments.yaml] --model_name_or_path MODEL [--name value ...]"
-    return _Parser(list(types), prog=f"meft {command}", usage=usage, allow_abbrev=False, formatter_class=_Help)
+    known = [field for kind in types for field in fields(kind) if field.init]
+    words = [field.name.upper() for field in known if field.metadata.get("positional")] or ["[arguments.yaml]"]
+    words += [f"--{field.name} {field.name.split('_')[0].upper()}" for field in known if _required(field)]
+    return _Parser(
+        list(types),
+        prog=f"meft {command}",
+        usage=" ".join(["meft", command, *words, "[--name value ...]"]),
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING and not field.metadata.get("positional")
 
 
 def parse(
-    types: Sequence[Any], argv: Sequence[str], *, command: str, defaults: Mapping[str, Any] | None = None
+    types: Sequence[Any],
+    argv: Sequence[str],
+    *,
+    command: str,
+    defaults: Mapping[str, Any] | None = None,
+    description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Builds one instance of each dataclass from the words after `meft train` or `meft evaluate`.
+    """Builds one instance of each dataclass from the words after a command.
 
     Args:
-        types: Dataclasses of arguments; no two share a name.
+        types: Dataclasses of arguments; no two share a name. A field whose metadata has `positional` is given without
+            its name; without any such, a file of arguments may stand first.
         argv: `[file.yaml] [--name value ...]`.
-        command: `"train"` or `"evaluate"`, for messages.
+        command: `"train"` or `"evaluate"`, say, for messages.
         defaults: Values that stand in for words that are neither in the file nor typed.
+        description: What `--help` says of the command.
 
     Raises:
         ConfigError: An argument is unknown, missing, has no valid value or does not go with another.
     """
-    parser = _parser(tuple(types), command)
+    *parsed, unknown = parse_known(types, argv, command=command, defaults=defaults, description=description)
+    if unknown:
+        raise ConfigError(f"Unknown argument {unknown[0]!r}.{_suggestion(unknown[0].lstrip('-'), types)}")
+    return tuple(parsed)
+
+
+def parse_known(
+    types: Sequence[Any],
+    argv: Sequence[str],
+    *,
+    command: str,
+    defaults: Mapping[str, Any] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """As `parse`, with the words that belong to none of the dataclasses as its last element."""
+    parser = _parser(tuple(types), command, description)
     words = list(argv)
     from_file: list[str] = []
-    if words and not words[0].startswith("-"):
+    positional = any(field.metadata.get("positional") for kind in types for field in fields(kind))
+    if words and not words[0].startswith("-") and not positional:
         from_file = as_words(read_mapping(Path(words[0])), types, words[0])
         words = words[1:]
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
+        return parser.parse_args_into_dataclasses(
             [*as_words(defaults or {}, types, "defaults"), *from_file, *words],
             return_remaining_strings=True,
             look_for_args_file=False,
@@ -128,9 +185,6 @@ def parse(
             raise
         message = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"{message}. See {parser.prog} --help.") from error
-    if unknown:
-        raise ConfigError(f"Unknown argument {unknown[0]!r}.{_suggestion(unknown[0].lstrip('-'), types)}")
-    return tuple(parsed)
 
 
 class _Loader(yaml.SafeLoader):
