@@ -118,7 +118,7 @@ def make_reversible(
         prepare_stack(stack, reversible_stack)
         _freeze(stack, reversible_stack)
         for index, layer in enumerate(stack.layers):
-            stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
+            stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)  # type: ignore[assignment]
     if fused_loss:
         reversible_stacks[0].changes.extend(attach(model))
     return model
@@ -138,7 +138,7 @@ def restore(model: nn.Module) -> nn.Module:
     wrapped = [
         (container, index, layer)
         for container in model.modules()
-        if isinstance(container, nn.ModuleList)
+        if isinstance(container, nn.ModuleList | nn.Sequential)
         for index, layer in enumerate(map(uncompiled, container))
         if type(layer) is ReversibleLayer
     ]

@@ -28,7 +28,9 @@ The rules, which the code below keeps in this order.
    that come back for them are differentiated in the same run.
 9. A function that acts on each token alone can be run tile by tile: rebuilt, inverted and differentiated in a single
    pass over the tokens, with one tile's activations at a time. Streams that only the tape holds are rebuilt in place.
-10. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
+10. A hidden state that something between two layers changed takes the newest stream's place. That stream is kept until
+    the backward pass comes down to it: one a place.
+11. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
     passes, tensors that would get no gradient, streams that overflow, and streams that do not meet again where both
     began.
 """
@@ -46,11 +48,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .checks import check_backward, check_leaves, check_programs, programs_of
 from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad
-from .routes import Attach, Readout, Route, placeholder
+from .routes import Attach, Readout, Route, Splice, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
 from .tiles import joined, tile_of, tiles
 
-__all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer"]
+__all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer", "splice"]
 
 Function = Callable[[Tensor, Sequence[Tensor]], "Tensor | tuple[Tensor, ...]"]
 """A block of a layer: (stream as hidden state, outside tensors) -> hidden state, or a tuple that begins with it."""
@@ -113,6 +115,31 @@ def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor
     visible = tape.live_handles()[tape.coupling.newest]
     tape.show(visible)
     return visible, *outputs[2:]
+
+
+def splice(tape: Tape, hidden: Tensor) -> None:
+    """Lets a hidden state that something outside the layers made of the newest stream take that stream's place.
+
+    Gradients go through what made it, under ordinary autograd; the older stream stays as it is.
+
+    Args:
+        tape: the running forward pass, between two layers.
+        hidden: of the shape and dtype of the tape's.
+    """
+    assert tape.streams is not None
+    newest = tape.coupling.newest
+    handles, streams = list(tape.live_handles()), list(tape.streams)
+    # Above the last reversible layer, or without one, nothing is rebuilt that lies below.
+    rebuilt = tape.kept is not None and tape.kept is tape.streams
+    if rebuilt and torch.is_grad_enabled() and handles[1 - newest].requires_grad:
+        handles[1 - newest] = Splice.apply(tape, streams[newest], handles[1 - newest])
+    streams[newest], handles[newest] = tape.arithmetic.encode(hidden.detach()), hidden
+    if tape.arithmetic.limit < float("inf") and hidden.numel():
+        tape.watch(hidden.detach().abs().amax())
+    tape.streams, tape.handles = (streams[0], streams[1]), (handles[0], handles[1])
+    if rebuilt:
+        tape.kept = tape.streams
+    tape.show(hidden)
 
 
 def readout(tape: Tape, *, inner: bool = False) -> Tensor:

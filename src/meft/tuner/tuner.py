@@ -103,7 +103,7 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         # The parallel adapter must have a place before anything is changed.
         feed_forward_of(self.base_layer, reversible_stack.layer_name(index), config.feedforward_module)
         for function in ("f",) if config.coupling == "momentum" else ("f", "g"):
-            down, up = new_projections(stack.hidden_size, config.bottleneck_dim)
+            down, up = new_projections(stack.width(index), config.bottleneck_dim)
             getattr(self, f"meft_{function}_down")[adapter_name] = down.to(self._reference().dtype)
             getattr(self, f"meft_{function}_up")[adapter_name] = up.to(self._reference().dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
