@@ -155,7 +155,7 @@ def _stacks(module: nn.Module, name: str, parent: nn.Module, owner: nn.Module) -
         owner = module
     if isinstance(module, nn.ModuleList | nn.Sequential) and (kind := _kind(module)):
         inner = list(_inside(module, name, owner))
-        if not (inner and _of_changing_width(module, inner)):
+        if not inner or not (_of_changing_width(module, inner) or (kind == "alike" and _only_hold(module, inner))):
             yield Stack(name, module, parent, owner, kind == "marked")
             return
         yield from inner
@@ -186,8 +186,8 @@ def _named(model: nn.Module, name: str) -> Stack | None:
 def _kind(layers: Container) -> str:
     """ "marked" for a list of layers by Transformers' own mark, "alike" for what looks like one, or empty.
 
-    What looks like a layer has a norm and several linear maps; experts have no norm, and projections one map. Whether
-    it is one shows when the model runs it.
+    What looks like a layer has a norm and at least three maps, two of them linear: experts and heads have no norm, and
+    projections have fewer maps. Whether it is one shows when the model runs it.
     """
     children = [None if layer is None else uncompiled(layer) for layer in layers.children()]
     if len(children) < len(layers) or not children:
@@ -207,8 +207,16 @@ def _is_marked(module: nn.Module) -> bool:
 def _looks_like_a_layer(layer: nn.Module) -> bool:
     modules = list(pretrained_of(layer).modules())
     linear = [module for module in modules if isinstance(getattr(module, "weight", None), Tensor)]
-    maps = [module for module in linear if module.weight.dim() == 2 and not isinstance(module, nn.Embedding)]
-    return len(maps) > 1 and any(_norm_width(module) is not None for module in modules)
+    maps = [
+        module.weight.dim() for module in linear if module.weight.dim() > 1 and not isinstance(module, nn.Embedding)
+    ]
+    return len(maps) > 2 and maps.count(2) > 1 and any(_norm_width(module) is not None for module in modules)
+
+
+def _only_hold(layers: Container, inner: Sequence[Stack]) -> bool:
+    """Whether the modules of a list are nothing but holders of lists (the groups of ALBERT)."""
+    held = {parameter for stack in inner for parameter in stack.layers.parameters()}
+    return all(parameter in held for parameter in layers.parameters())
 
 
 def _of_changing_width(layers: Container, inner: Sequence[Stack]) -> bool:
