@@ -202,6 +202,8 @@ class ReversibleStack:
         Seen from its graph, once for each layer; without a graph it is taken for granted.
         """
         visible = tape.visible
+        if visible is not None and not tape.arithmetic.exact and hidden.data_ptr() == visible.data_ptr():
+            return False  # changed in place, and a float stream is that very memory
         if visible is None or not visible.requires_grad:
             return True
         if not hidden.requires_grad:
