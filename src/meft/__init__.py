@@ -13,6 +13,7 @@ from meft.backbone.conversion import make_reversible, restore
 from meft.errors import MeftError
 from meft.loading.folders import load
 from meft.memory import MemoryEstimate, MemoryReport, estimate, measure
+from meft.stack_report import StackReport, report
 from meft.training.callbacks import MeftCallback
 from meft.training.export import export
 from meft.tuner.config import MeftConfig
@@ -30,6 +31,7 @@ __all__ = [
     "MeftModel",
     "MemoryEstimate",
     "MemoryReport",
+    "StackReport",
     "VerifyReport",
     "__version__",
     "errors",
@@ -38,6 +40,7 @@ __all__ = [
     "load",
     "make_reversible",
     "measure",
+    "report",
     "restore",
     "verify",
 ]

@@ -57,7 +57,9 @@ def make_reversible(
         >>> meft.restore(model)                              # an ordinary LoRA model again
 
     Args:
-        model: a Transformers model, or one that PEFT has put adapters in. Only its layer stacks are replaced.
+        model: any module that runs a list of layers; a Transformers model, or one that PEFT has put adapters in, as a
+            rule. Only its layer stacks are
+            replaced.
         coupling: "momentum", "meft1", "meft2" or "meft3", without the adapters the latter have in `MeftConfig`.
         gamma: factor of `momentum`; None for 1/4.
         lam: factor of the first stream of the others; None for the coupling's own.
@@ -72,7 +74,8 @@ def make_reversible(
         drift_tolerance: relative error of rebuilt streams past which float arithmetic warns.
         anchor_every: keep the streams every so many layers and restart the reconstruction there, for kernels that are
             not deterministic; the integrity check then warns past `drift_tolerance` instead of raising.
-        stacks: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all.
+        stacks: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all. Any ModuleList or
+            Sequential of layers can be named, in models that are not of Transformers too ("encoder.blocks").
         granularity: "block" couples the attention and the feed-forward block of a layer in turn, so that only one of
             them is rebuilt at a time (`momentum`, in families whose layers split).
         tile_size: tokens that a feed-forward block is given at once where it is coupled by itself ("block", `meft3`);
@@ -83,7 +86,7 @@ def make_reversible(
             model is trained; in evaluation the model is the plain one (`momentum`).
 
     Returns:
-        The model that was passed in.
+        The model that was passed in. `meft.report(model)` says what was found in it.
 
     Raises:
         ConfigError: an option is not valid, or the model is reversible already.
@@ -121,6 +124,9 @@ def make_reversible(
             stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)  # type: ignore[assignment]
     if fused_loss:
         reversible_stacks[0].changes.extend(attach(model))
+    from meft.stack_report import report  # which runs models, as verification does, and so imports this module
+
+    logger.info(str(report(model)))
     return model
 
 

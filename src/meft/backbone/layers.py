@@ -163,6 +163,7 @@ class ReversibleLayer(nn.Module):
                 reversible_stack.end()
                 raise
             before.put()
+            reversible_stack.show_again(hidden)
             reversible_stack.plain.add(placement.index)
             return self._between_runs(placement, hidden, args, kwargs)
         except UnsupportedModelError as error:

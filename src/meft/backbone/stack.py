@@ -152,6 +152,12 @@ class ReversibleStack:
         splice(tape, hidden)
         return tape
 
+    def show_again(self, hidden: Tensor) -> None:
+        """Takes back that a layer was given the hidden state; its call failed."""
+        tape = self._running.get(threading.get_ident())
+        if tape is not None:
+            tape.show(hidden)
+
     def leave(self, index: int, hidden: Tensor) -> Tensor:
         """Ends the run of layers below one that is not coupled.
 
@@ -159,7 +165,10 @@ class ReversibleStack:
             The hidden state for that layer, by the output rule if it comes straight from the layers below.
         """
         tape, first, position = self._due(index), self.plan.frozen_layers, self.position()
-        if tape is not None:
+        if tape is not None and tape.position == 0:
+            self.end()  # begun by this very layer
+            self._below[threading.get_ident()] = position - first
+        elif tape is not None:
             if tape.passed_on(hidden) and _followed(tape, hidden):
                 hidden = finish(tape)
             elif self.on_trial:

@@ -103,13 +103,19 @@ def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor
     if tape.observer is not None and tape.streams is not None:
         tape.observer.passed(tape, tape.position, tape.streams)
     inputs = (*layer.outside, *layer.parameters)
-    if not reversible or not torch.is_grad_enabled():
-        outputs = _run_cached(tape, layer, handles)
-    elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
-        outputs = _run_reversible(tape, layer, handles, inputs)
-    else:
-        with torch.no_grad():
+    before = tape.streams, tape.kept, tape.level
+    try:
+        if not reversible or not torch.is_grad_enabled():
             outputs = _run_cached(tape, layer, handles)
+        elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
+            outputs = _run_reversible(tape, layer, handles, inputs)
+        else:
+            with torch.no_grad():
+                outputs = _run_cached(tape, layer, handles)
+    except BaseException:
+        # A step before the one that failed was taken; the layer may be run in another way instead.
+        tape.streams, tape.kept, tape.level = before
+        raise
     tape.handles = (outputs[0], outputs[1])
     tape.position += 1
     visible = tape.live_handles()[tape.coupling.newest]
