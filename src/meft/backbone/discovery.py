@@ -189,8 +189,8 @@ def _kind(layers: Container) -> str:
     What looks like a layer has a norm and at least three maps, two of them linear: experts and heads have no norm, and
     projections have fewer maps. Whether it is one shows when the model runs it.
     """
-    children = [None if layer is None else uncompiled(layer) for layer in layers.children()]
-    if len(children) < len(layers) or not children:
+    children = [None if layer is None else uncompiled(layer) for layer in layers._modules.values()]
+    if None in children or not children:
         return ""  # a loop over a list with None in it does not run one layer after the other
     if all(map(_is_marked, children)):
         return "" if all(map(_convolutional, children)) else "marked"
