@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 
 import meft
+from meft.verification.gradients import relative_differences
 from meft_lab.families.subject import loss_on
-from support.peft_helpers import assert_close, taken
+from support.peft_helpers import taken
 
 Made = tuple[nn.Module, dict[str, Any], list[str]]
 IMAGES = {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
@@ -101,8 +102,10 @@ def test_stacks_of_models(make: Callable[[], Made], coupling: str) -> None:
     found = []
     for backward in ("reversible", "cached"):
         converted = meft.make_reversible(copy.deepcopy(model).train(), coupling, backward=backward)
+        torch.manual_seed(1)  # some drop out by function, or draw the points that they compare
         loss_on(converted, batch).backward()
         assert list(meft.report(converted).stacks) == names
         found.append(taken(converted))
-    assert_close(*found, relative=2e-5)
+    errors, _ = relative_differences({name: (found[0][name], found[1][name]) for name in found[1]})
+    assert max(errors.values()) < 2e-5, max(errors, key=lambda name: errors[name])
     assert meft.verify(meft.make_reversible(model.train(), coupling), batch).bitwise

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -205,11 +205,8 @@ def _is_marked(module: nn.Module) -> bool:
 
 
 def _looks_like_a_layer(layer: nn.Module) -> bool:
-    modules = list(pretrained_of(layer).modules())
-    linear = [module for module in modules if isinstance(getattr(module, "weight", None), Tensor)]
-    maps = [
-        module.weight.dim() for module in linear if module.weight.dim() > 1 and not isinstance(module, nn.Embedding)
-    ]
+    modules = [module for module in pretrained_of(layer).modules() if not isinstance(module, nn.Embedding)]
+    maps = [p.dim() for module in modules for p in module._parameters.values() if p is not None and p.dim() > 1]
     return len(maps) > 2 and maps.count(2) > 1 and any(_norm_width(module) is not None for module in modules)
 
 

@@ -1,4 +1,4 @@
-"""Recurrent models, vision models that change their width, and old ones: most are refused, for different reasons."""
+"""Recurrent models, vision models that change their width, and old ones."""
 
 from __future__ import annotations
 
@@ -53,6 +53,5 @@ UNUSUAL = (
     Family("ctrl"),
     Family("canine", {"num_hash_buckets": 16}),
     Family("mobilebert", {"embedding_size": 16, "intra_bottleneck_size": 16}),
-    Family("reformer", {"axial_pos_embds": False, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4}),
     Family("funnel"),
 )
