@@ -64,6 +64,10 @@ def momentum(layers: Sequence[nn.Module], hidden: Tensor, between: Callable[[Ten
     return newest
 
 
+def _keep(hidden: Tensor, index: int) -> Tensor:
+    return hidden
+
+
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     hidden = hidden.detach().requires_grad_()
@@ -121,14 +125,13 @@ def pyramid() -> Stacked:
 
 def test_runs_of_a_list_that_changes_its_width() -> None:
     model, hidden = pyramid(), hidden_state().double()
+    low, wide, high = model.layers[:2], model.layers[2], model.layers[3:]
     reversible = meft.make_reversible(copy.deepcopy(model), fraction_bits=24)
     for _ in range(2):  # what changes its width is found out in the first pass
         torch.manual_seed(1)
         found = gradients(reversible, reversible, hidden)
         torch.manual_seed(1)
-        keep: Callable[[Tensor, int], Tensor] = lambda h, i: h  # noqa: E731
-        low, wide, high = model.layers[:2], model.layers[2], model.layers[3:]
-        expected = gradients(model, lambda h: momentum(high, wide(momentum(low, h, keep)), keep), hidden)
+        expected = gradients(model, lambda h: momentum(high, wide(momentum(low, h, _keep)), _keep), hidden)
         assert_close(found, expected, relative=1e-5)
     assert reversible.layers[2].calls == model.layers[2].calls == 2
     assert meft.verify(reversible, {"hidden": hidden}).passed()
@@ -182,7 +185,7 @@ def test_layers_without_a_mark_are_a_stack() -> None:
     torch.manual_seed(0)
     model, hidden = Stacked([Unmarked() for _ in range(3)], _in_turn).double(), hidden_state().double()
     reversible = meft.make_reversible(copy.deepcopy(model), fraction_bits=24)
-    expected = gradients(model, lambda h: momentum(model.layers, h, lambda h, i: h), hidden)
+    expected = gradients(model, lambda h: momentum(model.layers, h, _keep), hidden)
     assert_close(gradients(reversible, reversible, hidden), expected, relative=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Models whose stacks are nested, change their width or are worked on in between: gradients are those of cached layers."""
+"""Models with nested stacks, changing widths and work in between: gradients are those of cached layers."""
 
 from __future__ import annotations
 

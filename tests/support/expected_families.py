@@ -35,7 +35,7 @@ _UNKNOWN = {
     "openai-gpt": "Block",
     "sam_vision_model": "SamVisionLayer",
     "wav2vec2-bert": "Wav2Vec2BertEncoderLayer",
-    "mllama, words only": "MllamaSelfAttentionDecoderLayer",
+    "mllama, words only": "MllamaVisionEncoderLayer",
     "segformer": "SegformerLayer",
     "ctrl": "EncoderLayer",
     "canine": "CanineLayer",
