@@ -100,8 +100,11 @@ IDLE = {
 }
 """Layer stacks that no loss on the family's batch reaches."""
 
-PLAIN_CACHE_DIFFERS = ("prophetnet", "t5gemma")
+PLAIN_CACHE_DIFFERS = ("prophetnet", "t5gemma", "minimax", "rwkv")
 """Plain models that generate other words with a key-value cache than without, at these sizes."""
 
 OLD_PLAIN_CACHE_DIFFERS = ("umt5",)
 """The same, in older versions of Transformers (5.17) only."""
+
+PLAIN_LOADING_DIFFERS = ("funnel",)
+"""Plain models that come back from a folder with other weights than they were saved with."""

@@ -40,7 +40,7 @@ class Bottleneck:
     owner: nn.Module
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Computes up(dropout(act(down(hidden)))); shape (..., hidden) or (batch, hidden, height, width), dtype as given.
+        """Computes up(dropout(act(down(hidden)))); shape (..., hidden) or (batch, hidden, height, width).
 
         Raises:
             UnsupportedModelError: neither the last axis nor, of four, the second has the adapter's width, or both do.
@@ -56,10 +56,10 @@ class Bottleneck:
 
 
 def channel_axis(hidden: Tensor, width: int) -> int:
-    """The axis of a hidden state that an adapter acts on: the last, or the channels of (batch, channels, height, width).
+    """The axis that an adapter acts on: the last, or the channels of (batch, channels, height, width).
 
     Raises:
-        UnsupportedModelError: neither axis has the adapter's width, or both do, so that it is not known which one is meant.
+        UnsupportedModelError: neither axis has the adapter's width, or both do.
     """
     last, second = hidden.shape[-1] == width, hidden.dim() == 4 and hidden.shape[1] == width
     if last == second:

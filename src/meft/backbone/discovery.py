@@ -184,7 +184,7 @@ def _named(model: nn.Module, name: str) -> Stack | None:
 
 
 def _kind(layers: Container) -> str:
-    """ "marked" for a list of layers by Transformers' own mark, "alike" for what looks like one, or empty.
+    """Tells a list of layers: "marked" by Transformers, "alike" if it looks like one; empty for any other.
 
     What looks like a layer has a norm and at least three maps, two of them linear: experts and heads have no norm, and
     projections have fewer maps. Whether it is one shows when the model runs it.

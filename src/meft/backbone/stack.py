@@ -227,8 +227,8 @@ class ReversibleStack:
         coupling = self.plan.coupling
         if coupling is not None and coupling.output != (0, 1):
             raise UnsupportedModelError(
-                f"Layer {self.name}.{index} of {self.model} is {what} by code outside the layers, where the output rule "
-                f'of {coupling.name} would have to be applied before. Use output="newest", or leave this stack out '
+                f"Layer {self.name}.{index} of {self.model} is {what} by code outside the layers, where the "
+                f'output rule of {coupling.name} would have to be applied before. Use output="newest", or leave this stack out '
                 "with stacks=[...]."
             )
 

@@ -56,8 +56,8 @@ class Family:
         found = heads_of(tiny_config(self.model_type, self.changes))
         if not found:
             raise UnsupportedModelError(
-                f"No Auto class of Transformers makes a model of {self.model_type} that can be trained by itself; it is "
-                "a part of other models. Try one of those."
+                f"No Auto class of Transformers makes a model of {self.model_type} that can be trained by itself; it "
+                "is a part of other models. Try one of those."
             )
         first = self.head or found[0]
         return (first, *(head for head in found if head != first))
