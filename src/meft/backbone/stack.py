@@ -228,8 +228,8 @@ class ReversibleStack:
         if coupling is not None and coupling.output != (0, 1):
             raise UnsupportedModelError(
                 f"Layer {self.name}.{index} of {self.model} is {what} by code outside the layers, where the "
-                f'output rule of {coupling.name} would have to be applied before. Use output="newest", or leave this stack '
-                "out with stacks=[...]."
+                f"output rule of {coupling.name} would have to be applied before. Use output='newest', or leave this "
+                "stack out with stacks=[...]."
             )
 
     def _close(self) -> None:
