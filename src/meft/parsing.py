@@ -32,6 +32,7 @@ from meft.options import Option
 from meft.options.values import Flag
 
 _BOOL = "tag:yaml.org,2002:bool"
+_NEGATIVE = re.compile(r"-(\d+|\d*\.\d+)")
 # Every --long_name may also be written --long-name, which argparse adds to its messages.
 _ALIAS = re.compile(r"(?<=\w)/--[\w-]+")
 
@@ -228,10 +229,20 @@ def as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> l
         if option is not None and not option.kind.several:
             value = option.write(value)
         if isinstance(value, (list, tuple)):
+            _refuse_names(source, name, value)
             words += [f"--{name}", *map(str, value)] if value else []
         else:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
+
+
+def _refuse_names(source: str, name: str, values: Sequence[Any]) -> None:
+    """Words of a list follow one another, so one that looks like another argument would become that argument."""
+    for value in values:
+        if str(value).startswith("-") and not _NEGATIVE.fullmatch(str(value)):
+            raise ConfigError(
+                f"{source} has {value!r} in {name}, which reads as an argument of its own. Leave its hyphen out."
+            )
 
 
 def _suggestion(name: str, types: Sequence[type]) -> str:

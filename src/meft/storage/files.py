@@ -17,6 +17,8 @@ from typing import Any
 
 from meft.errors import CheckpointError, MeftError
 
+from .claims import read_json as read_json
+
 STAGING_PREFIX = ".saving-"
 DISCARD_PREFIX = ".removing-"
 
@@ -42,18 +44,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of `meft`'s own.
-
-    Raises:
-        CheckpointError: The file is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). It was damaged after it was written.") from error
 
 
 def is_kind(path: Path, kind: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,15 @@ from .batches import share_batch
 from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining
 from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
-from .data.base import TaskSpec
 from .kinds.base import Say, say_nothing
-from .preparation import TASK_FILE, Prepared, prepare_training, trained_record
+from .preparation import Prepared, prepare_training
+from .recorded import TASK_FILE, trained_record, write_record
 from .runs import RESULTS_FILE, begun_with, claimed, inspect_folder, settings_of
 from .selection import EarlyStopping, check_early_stopping, check_metric
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 # A folder without its configuration loads as nothing, so that is published after the weights.
 _PUBLISHED_LAST = ("config.json", ADAPTER_CONFIG_NAME)
-_EVALUATED_ALIKE = {
-    ModelArguments: {"config_name", "revision", "trust_remote_code", "dtype", "attn_implementation"},
-    DataArguments: {field.name for field in fields(DataArguments)}
-    - {"labels", "num_labels", "max_train_samples", "preprocessing_num_workers", "augment"},
-    TrainerArguments: {"per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"},
-}
-_PATHS = {"data_dir", "train_file", "validation_file", "test_file", "config_name"}
 
 
 def train(
@@ -94,9 +87,9 @@ def train(
     )
     settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
-    record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
     assert prepared.way is not None
-    record["trained"] = trained_record(prepared.way, settings)
+    trained = trained_record(prepared.way, settings)
+    record = write_record(list(prepared.spec.labels), model_arguments, data_arguments, trainer_arguments, trained)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
         run = {}
@@ -255,16 +248,3 @@ def _figures(
         "skipped_rows": dict(prepared.skipped),
         "rows": {split: len(rows) for split, rows in prepared.splits.items()},
     }
-
-
-def _task_record(
-    spec: TaskSpec, model: ModelArguments, data: DataArguments, trainer: TrainerArguments
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for given in (model, data, trainer):
-        values = {name: getattr(given, name) for name in sorted(_EVALUATED_ALIKE[type(given)])}
-        arguments |= {name: value for name, value in values.items() if value is not None}
-    for name in _PATHS & arguments.keys():
-        path = Path(arguments[name])
-        arguments[name] = str(path.resolve()) if path.exists() else arguments[name]
-    return {"labels": list(spec.labels), "arguments": arguments}

@@ -17,16 +17,13 @@ from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
 from meft.loading.folders import adapter_config, is_adapter, load_adapter
 from meft.methods.registry import Way, apply_method, read_way
-from meft.options import FUNCTION, METHOD, options_of
-from meft.storage.files import read_json
+from meft.options import FUNCTION, options_of
 
 from .arguments import DataArguments, MeftArguments
 from .data.base import TaskData, TaskSpec
 from .kinds import TaskKind, check_options, kind_of
 from .kinds.base import Collator, Say, Scorer
-
-# Beside every saved model: the labels it was trained for, and what evaluating it alike takes.
-TASK_FILE = "task.json"
+from .recorded import read_task
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def prepare_evaluation(
         said = adapter_config(Path(name), kind.task_type).base_model_name_or_path
         base_name = loading.absolute(base or said or "")
     config = loading.load_config(model_arguments, base_name, kind.what)
-    labels = read_task_file(name).get("labels")
+    labels = read_task(name).labels
     data = _load_rows(kind, data_arguments, (split,), config, labels, model_arguments.cache_dir, say)
     processor = kind.load_processor(model_arguments, name if kind.has_processor(name) else base_name)
     model: nn.Module
@@ -161,41 +158,26 @@ def prepare_evaluation(
     return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded))
 
 
-def read_task_file(name: str) -> dict[str, Any]:
-    """What `task.json` in a model's folder says; nothing when there is none."""
-    path = Path(name) / TASK_FILE
-    return read_json(path) if path.is_file() else {}
-
-
-def trained_record(way: Way, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `task.json` says of a reversible backbone, for `meft evaluate --method`; None without one."""
-    if way.under is None:
-        return None
-    options = {name: value for name, value in way.options.items() if way.of_coupling(name)}
-    words = {name: options_of(METHOD)[name].write(value) for name, value in {**options, **(settings or {})}.items()}
-    return {"method": way.name, "options": words}
-
-
 def _as_trained(model: nn.Module, name: str, method: str) -> None:
     """Puts a trained model on the reversible backbone that it was trained on.
 
     Raises:
         ConfigError: The way has no backbone of its own, or the folder does not say that it was trained so.
     """
-    way, trained = read_way(method), read_task_file(name).get("trained") or {}
+    way, trained = read_way(method), read_task(name)
     if way.under is None:
         raise ConfigError(
             f"method is {method!r}, under which there is no reversible backbone. Leave --method out: a folder is "
             "evaluated as what it holds."
         )
-    if trained.get("method") != way.name:
-        said = f"was trained by {trained['method']}" if "method" in trained else "does not say how it was trained"
+    if trained.method != way.name:
+        said = f"was trained by {trained.method}" if trained.method else "does not say how it was trained"
         raise ConfigError(
             f"method is {method!r}, but {name} {said}. Give --method as it was trained by, or leave it out for the "
             "plain model."
         )
     known = options_of(FUNCTION)
-    words = {option: value for option, value in trained.get("options", {}).items() if option in known}
+    words = {option: value for option, value in (trained.options or {}).items() if option in known}
     make_reversible(model, coupling=way.under, **{option: known[option].read(value) for option, value in words.items()})
 
 
