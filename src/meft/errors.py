@@ -76,9 +76,14 @@ class MaterializedLogitsWarning(MeftWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence; its type where it has none."""
+    """The first line of an error's text, as a sentence; its type where it has none.
+
+    A line that ends in a colon only announces the next.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
     return text if text.endswith(".") else f"{text}."
 
 

@@ -73,7 +73,7 @@ def adapter_config(folder: Path, *task_types: str | None) -> PeftConfig:
     kind = read_object(path, {"peft_type": str})["peft_type"]
     chosen = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if chosen is None:
-        known = ", ".join(sorted(map(str, PEFT_TYPE_TO_CONFIG_MAPPING)))
+        known = ", ".join(sorted(PeftType(name).value for name in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise CheckpointError(f"{path} is of peft_type {kind!r}, which is none of {known}. Copy the adapter again.")
     try:
         config = chosen.from_pretrained(str(folder))

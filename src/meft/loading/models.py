@@ -141,6 +141,11 @@ def load_tokenizer(arguments: ModelArguments, name: str) -> PreTrainedTokenizerB
     check_model_folder(Path(chosen), trusted=arguments.trust_remote_code)
     with loading(chosen):
         tokenizer = AutoTokenizer.from_pretrained(chosen, **arguments.hub())
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"The tokenizer of {chosen} has model_max_length={tokenizer.model_max_length!r}, which is no number. Mend "
+            "its tokenizer_config.json or copy it again."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UnsupportedModelError(

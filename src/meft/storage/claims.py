@@ -108,7 +108,12 @@ def check_model_folder(folder: Path, *, trusted: bool = False) -> None:
     for name in _OF_MODELS if folder.is_dir() else ():
         path = folder / name
         if path.is_symlink() or path.exists():
-            found = read_object(path)
+            try:
+                found = read_object(path)
+            except CheckpointError as error:
+                broken = isinstance(error.__cause__, json.JSONDecodeError)
+                said = f"{path} is not a valid JSON file ({error.__cause__}). {_REMEDY}" if broken else error
+                raise CheckpointError(f"{folder} could not be loaded: {said}") from error
             if not trusted:
                 _refuse_trust(path, found)
     if (folder / _INDEX).is_file():

@@ -18,6 +18,7 @@ from typing import Any
 from meft.errors import CheckpointError, MeftError
 
 from .claims import read_json as read_json
+from .manifest import check_weights_as_written
 
 STAGING_PREFIX = ".saving-"
 DISCARD_PREFIX = ".removing-"
@@ -108,11 +109,13 @@ def check_weights(folder: Path) -> None:
     """Looks at the weights of a model or an adapter before they are loaded.
 
     Raises:
-        CheckpointError: A safetensors file is not whole, or there are pickled weights only.
+        CheckpointError: A safetensors file is not whole or, in a checkpoint, not as it was written; or there are
+            pickled weights only.
     """
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     for path in found:
         check_safetensors(path)
+    check_weights_as_written(folder)
     pickled = [path.name for ending in _PICKLED for path in sorted(folder.glob(ending))] if not found else []
     if pickled:
         raise CheckpointError(

@@ -22,13 +22,13 @@ from meft.verification.deployment import uncoupled
 
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
-from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining
+from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining, forget_measurements
 from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
 from .costs import StepCosts
 from .kinds.base import Say, say_nothing
 from .preparation import Prepared, prepare_training
 from .recorded import TASK_FILE, trained_record, write_record
-from .runs import RESULTS_FILE, begun_with, claimed, inspect_folder, settings_of
+from .runs import RESULTS_FILE, begun_with, check_rows, claimed, gone_on_with, inspect_folder, settings_of
 from .selection import EarlyStopping, check_early_stopping, check_metric
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
@@ -85,6 +85,10 @@ def train(
         say=say,
         settings=begun_with(folder, meft_arguments.method) if state == "resume" else None,
     )
+    if state == "resume":
+        sources = _sources(data_arguments)
+        state = check_rows(folder, prepared.digests, sources, overwrite=run_arguments.overwrite_run)
+    changed = gone_on_with(folder, arguments) if state == "resume" else []
     settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
     assert prepared.way is not None
@@ -94,12 +98,15 @@ def train(
     with ExitStack() as stack:
         run = {}
         if trainer_arguments.should_save:
-            run = stack.enter_context(claimed(folder, state, arguments, command, settings))
+            run = stack.enter_context(claimed(folder, state, arguments, command, settings, prepared.digests))
             remove_leftovers(folder)
         _wait_for_others(trainer_arguments)
+        start = _checkpoint(folder, trainer_arguments, say)
+        if changed:
+            say(f"{'Beginning anew' if start is None else f'Going on from {start.name}'} with: {'; '.join(changed)}.")
+            forget_measurements(folder, trainer_arguments, begun=start is not None)
         steps = run_arguments.measure_steps
         costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
-        start = _checkpoint(folder, trainer_arguments, say)
         distance = StartBeforeTraining(folder, trainer_arguments, say)
 
         def before_training(model: nn.Module) -> None:
@@ -144,6 +151,12 @@ def train(
         if trainer_arguments.should_save:
             write_json(folder / RESULTS_FILE, found)
     return found
+
+
+def _sources(data: DataArguments) -> dict[str, str]:
+    """Where the rows of each split come from, in words."""
+    place = f"{data.task} of {data.data_dir or 'the hub'}"
+    return {split: getattr(data, f"{split}_file") or place for split in ("train", "validation", "test")}
 
 
 def build_trainer(

@@ -21,6 +21,7 @@ from meft.options import FUNCTION, options_of
 
 from .arguments import DataArguments, MeftArguments
 from .data.base import TaskData, TaskSpec
+from .data.digest import digests
 from .kinds import TaskKind, check_options, kind_of
 from .kinds.base import Collator, Say, Scorer
 from .recorded import read_task
@@ -41,6 +42,7 @@ class Prepared:
         questions: Rows by split that are scored as texts.
         unlabelled: The splits without labels.
         way: How the model is trained; `None` for one that is only evaluated.
+        digests: Of the rows of each split, where something is trained on them.
         reference: Builds the same model for plain full fine-tuning. `None` when nothing is trained.
     """
 
@@ -54,6 +56,7 @@ class Prepared:
     questions: Mapping[str, Dataset] = field(default_factory=dict)
     unlabelled: frozenset[str] = frozenset()
     way: Way | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
     reference: Callable[[], nn.Module] | None = None
 
     @property
@@ -114,7 +117,8 @@ def prepare_training(
         plain, _ = kind.load_model(model_arguments, name, data.spec, processor)
         return apply_method(plain, "full", task_type=kind.task_type)
 
-    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, reference=reference)
+    found = digests(data)
+    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, digests=found, reference=reference)
 
 
 def prepare_evaluation(

@@ -51,7 +51,7 @@ _TEXT = _Claim("a text", _is_text)
 _COUNT = _Claim("an integer, at least 1", _is_count)
 _FLAG = _Claim("true or false", lambda value: isinstance(value, bool))
 _COLUMNS = _Claim("one or two names", lambda value: isinstance(value, list) and 0 < len(value) < 3
-                  and all(map(_is_text, value)))  # fmt: skip
+                  and all(_is_text(name) and not name.startswith("-") for name in value))  # fmt: skip
 _SHARE = _Claim("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1)
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 
