@@ -151,8 +151,27 @@ def test_advice_after_an_overflow_is_followed(tmp_path: Path) -> None:
         train(model, data, tmp_path / "run", *WORDS, "--fraction_bits=24")
     said: list[str] = []
     found = train(model, data, tmp_path / "run", *WORDS, "--fraction_bits=14", say=said.append)
-    assert found["resumed_from"] is None and found["settings"]["fraction_bits"] == 14
+    assert found["resumed_from"] is None and found["arguments"]["fraction_bits"] == 14
     assert "Beginning anew with: fraction_bits was 24 and is 14." in said
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_in_any_way(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    data = [f"--train_file={rows(tmp_path / 'train.csv')}", f"--validation_file={rows(tmp_path / 'dev.csv', 1)}"]
+    run = tmp_path / "run"
+
+    def fail(_: str) -> None:
+        raise ValueError("The optimizer\nis not installed.")
+
+    with pytest.raises(ValueError, match="not installed"):
+        train(model, data, run, *WORDS, say=lambda text: fail(text) if text.startswith("Start") else None)
+    assert json.loads((run / "run.json").read_text())["failed"] == "The optimizer."
+    rows(tmp_path / "train.csv", seed=5)
+    said: list[str] = []
+    found = train(model, data, run, *WORDS, "--method=lora", "--seed=5", say=said.append)
+    assert found["method"] == "lora" and found["coupling"] is None
+    assert "Beginning anew with: method was 'momentum' and is 'lora'; seed was 42 and is 5." in said
+    assert "failed" not in json.loads((run / "run.json").read_text())
 
 
 def test_only_what_changes_the_run_is_a_difference() -> None:

@@ -1,7 +1,8 @@
 """The output folder of a run: whose it is, and whether it may be gone on with.
 
 `run.json` is written when a run begins and names its arguments; `results.json` is written last and makes it finished.
-A folder is never written to unless it is new, or holds an unfinished run of the same arguments on the same rows.
+A folder is never written to unless it is new, or holds an unfinished run of the same arguments on the same rows, or one
+that failed before its first checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from meft.backbone.layers import ReversibleLayer
-from meft.errors import BusyFolderError, OutputFolderError
+from meft.errors import BusyFolderError, OutputFolderError, first_line
 from meft.options import FUNCTION, PLACES, options_of
 from meft.storage.claims import read_object, require
 from meft.storage.files import write_json
@@ -123,7 +126,10 @@ def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
 
 def gone_on_with(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """What an unfinished run goes on with that it did not begin with, in words."""
-    before = _read_run(folder)["arguments"]
+    run = _read_run(folder)
+    before = run["arguments"]
+    if _nothing_learnt(folder, run):
+        return _in_words(before, arguments, [name for name in before if name not in _WITHOUT_EFFECT])
     return _in_words(before, arguments, [name for name in before if name in {*_GONE_ON_WITH, *_ROWS_OF_A_STEP}])
 
 
@@ -139,7 +145,7 @@ def check_rows(folder: Path, digests: Mapping[str, str], sources: Mapping[str, s
     run = _read_run(folder)
     began: Mapping[str, Any] = run.get("rows", {})
     changed = [split for split in digests if split in began and began[split] != digests[split]]
-    if not changed:
+    if not changed or _nothing_learnt(folder, run):
         return "resume"
     if overwrite:
         return "replace"
@@ -174,6 +180,8 @@ def begun_with(folder: Path, method: str) -> dict[str, Any]:
     Runs of version 0.1.0 did not say; they had that version's.
     """
     run = _read_run(folder)
+    if _nothing_learnt(folder, run):
+        return {}
     found = run["settings"] if "settings" in run else saved_before(method) if method in PLACES else None
     require(folder / RUN_FILE, "settings", found, (dict, type(None)))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in (found or {}).items()}
@@ -210,6 +218,10 @@ def claimed(
         if state == "resume":
             run = _read_run(folder)
             changed = gone_on_with(folder, arguments)
+            if _nothing_learnt(folder, run):
+                del run["failed"]
+                run["rows"], run["settings"] = dict(rows or {}), settings
+                write_json(folder / RUN_FILE, run)
             if changed:
                 run["changed"] = [*run.get("changed", []), {"when": now(), "what": changed}]
                 run["arguments"], run["settings"] = dict(arguments), settings
@@ -218,7 +230,12 @@ def claimed(
             run = {"command": command, "started": now(), "arguments": dict(arguments), "settings": settings}
             run["rows"] = dict(rows or {})
             write_json(folder / RUN_FILE, run)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if not _checkpoints(folder):
+                write_json(folder / RUN_FILE, {**run, "failed": first_line(error)})
+            raise
 
 
 def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resume: str) -> str | None:
@@ -226,7 +243,7 @@ def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resum
     if RESULTS_FILE in names:
         return f"a finished run (started {run['started']})"
     changed = differences(run["arguments"], arguments)
-    if changed:
+    if changed and not _nothing_learnt(folder, run):
         return f"an unfinished run of other arguments ({'; '.join(changed)})"
     if resume == "never":
         return f"an unfinished run (started {run['started']}), and --resume is never"
@@ -239,6 +256,15 @@ def _read_run(folder: Path) -> dict[str, Any]:
     require(path, "rows", run.get("rows", {}), dict)
     require(path, "changed", run.get("changed", []), list)
     return run
+
+
+def _nothing_learnt(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a run ended in an error before its first checkpoint, so that it may begin anew in any way."""
+    return "failed" in run and not _checkpoints(folder)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def _in_words(before: Mapping[str, Any], arguments: Mapping[str, Any], names: Iterable[str]) -> list[str]:
