@@ -96,7 +96,6 @@ REFUSED: list[tuple[Callable[[], Any], Callable[[Any], Any], str]] = [
     (lambda: bert("FEATURE_EXTRACTION"), adapter("CAUSAL_LM"), r"task_type='CAUSAL_LM' is for models that generate"),
     (lambda: bert("FEATURE_EXTRACTION"), adapter("SEQ_2_SEQ_LM"), "is for models that generate, and BertModel does"),
     (bert, adapter(name="a.b"), r"adapter_name='a\.b' cannot be the name of a module"),
-    (bert, adapter(name=""), "adapter_name='' cannot be"),
     (bert, adapter(name="forward"), "adapter_name='forward' cannot be"),
     (bert, adapter(name="keys"), "adapter_name='keys' cannot be"),
     (meft_model, adapter(name="a.b", coupling="momentum"), "adapter_name="),

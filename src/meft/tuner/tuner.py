@@ -229,11 +229,11 @@ class MeftModel(BaseTuner):
                     feed_forward_of(pretrained, reversible_stack.layer_name(index), config.feedforward_module)
                     _refuse_compiled(layer, reversible_stack.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, reversible_stack, index)
-        config.fill_in(plan)
-        self._places = places
         _refuse_held_elsewhere(model, stacks)
         _refuse_saved_inside(model, stacks, config)
         check_modules_to_save(model, config.modules_to_save, config.task_type)
+        config.fill_in(plan)
+        self._places = places
         for stack in stacks:
             _take_wrappers_off(stack, plan)
         pairs = {id(reversible_stack): (stack, reversible_stack) for stack, reversible_stack, _ in places.values()}
