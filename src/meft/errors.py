@@ -55,6 +55,10 @@ class BusyFolderError(OutputFolderError):
     """Another process is at work in the output folder right now."""
 
 
+class WriteError(MeftError, OSError):
+    """A file cannot be written: the disk is full or read-only, or the place is not there any more."""
+
+
 class MissingPackageError(MeftError, ImportError):
     """A package that only some commands need is not installed."""
 

@@ -69,8 +69,11 @@ def adapter_config(folder: Path, *task_types: str | None) -> PeftConfig:
         CheckpointError: it cannot be read, or was trained for another type of task.
     """
     path = folder / CONFIG_NAME
+    try:
+        kind = read_object(path, {"peft_type": str})["peft_type"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read: {error} Copy the adapter again.") from error
     check_model_folder(folder)
-    kind = read_object(path, {"peft_type": str})["peft_type"]
     chosen = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if chosen is None:
         known = ", ".join(sorted(PeftType(name).value for name in PEFT_TYPE_TO_CONFIG_MAPPING))

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from meft.errors import CheckpointError, MeftError
+from meft.errors import CheckpointError, MeftError, OutputFolderError
 
 from .claims import read_json as read_json
 from .manifest import check_weights_as_written
+from .outputs import writing
 
 STAGING_PREFIX = ".saving-"
 DISCARD_PREFIX = ".removing-"
@@ -27,10 +28,15 @@ DISCARD_PREFIX = ".removing-"
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     beside = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    os.replace(beside, path)
-    _sync(path.parent)
+    with writing(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            _sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,6 +89,27 @@ def publish_folder(staging: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(staging, place)
+    _sync(place.parent)
+
+
+def publish_new_folder(staging: Path, place: Path) -> None:
+    """Renames a written folder to `place`, which is not there or empty.
+
+    Raises:
+        OutputFolderError: Somebody else has filled it meanwhile; what they wrote stays.
+    """
+    _sync_tree(staging)
+    try:
+        if os.name == "nt" and place.is_dir():
+            place.rmdir()
+        os.rename(staging, place)
+    except OSError as error:
+        if place.is_dir() and any(place.iterdir()):
+            raise OutputFolderError(
+                f"output_dir is {str(place)!r}, which another process has written to meanwhile. What it wrote was not "
+                "changed. Choose another folder."
+            ) from error
+        raise
     _sync(place.parent)
 
 

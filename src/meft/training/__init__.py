@@ -18,6 +18,7 @@ from meft.loading.arguments import ModelArguments
 from meft.methods.registry import count_parameters
 from meft.storage import results
 from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
+from meft.storage.outputs import writing
 from meft.verification.deployment import uncoupled
 
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
@@ -229,7 +230,8 @@ def _checkpoint(folder: Path, arguments: TrainerArguments, say: Say) -> Path | N
 def _save_final(trainer: CheckpointingTrainer, prepared: Prepared, folder: Path, record: Mapping[str, Any]) -> None:
     if not trainer.args.should_save:
         return
-    with staged(folder, "final") as staging:
+    advice = "Make room, and the same command goes on from the newest checkpoint."
+    with writing(folder, advice), staged(folder, "final") as staging:
         trainer.save_model(str(staging))
         (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; results.json has the arguments
         prepared.processor.save_pretrained(staging)

@@ -27,6 +27,7 @@ from meft.loading.models import loading, quiet_transformers
 from meft.storage.claims import check_model_folder, read_object
 from meft.storage.files import STAGING_PREFIX, publish_folder, staged, write_json
 from meft.storage.manifest import MANIFEST, check_files, manifest_of
+from meft.storage.outputs import writing
 
 from .selection import EarlyStopping
 
@@ -246,7 +247,8 @@ class CheckpointingTrainer(Trainer):
         run_folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            with staged(run_folder, name) as staging:
+            advice = "Make room, and the same command goes on from the checkpoint before."
+            with writing(run_folder / name, advice), staged(run_folder, name) as staging:
                 self._write_checkpoint(model, trial, staging, run_folder / name)
         else:
             self._write_checkpoint(model, trial, run_folder / f"{STAGING_PREFIX}{name}", run_folder / name)

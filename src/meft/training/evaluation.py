@@ -10,6 +10,7 @@ from meft.loading.arguments import ModelArguments
 from meft.parsing import parse
 from meft.storage import results
 from meft.storage.files import write_json, write_text
+from meft.storage.outputs import check_output_file
 
 from . import build_trainer, metrics_of
 from .arguments import DataArguments, EvaluationArguments, TrainerArguments
@@ -59,6 +60,9 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
     """
+    for name in ("results_file", "predictions_file"):
+        if (given := getattr(evaluation_arguments, name)) is not None:
+            check_output_file(name, given)
     split = evaluation_arguments.split
     base = evaluation_arguments.base_model_name_or_path
     method = evaluation_arguments.method

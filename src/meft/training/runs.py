@@ -21,6 +21,7 @@ from meft.errors import BusyFolderError, OutputFolderError, first_line
 from meft.options import FUNCTION, PLACES, options_of
 from meft.storage.claims import read_object, require
 from meft.storage.files import write_json
+from meft.storage.outputs import check_output_folder, writing
 from meft.storage.results import now
 from meft.tuner.config import SETTINGS, MeftConfig, saved_before
 
@@ -89,8 +90,7 @@ def inspect_folder(
     Raises:
         OutputFolderError: It holds something that must stay.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
+    check_output_folder(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_FILE) if folder.is_dir() else []
     if not names:
         return "new"
@@ -209,11 +209,12 @@ def claimed(
     Raises:
         BusyFolderError: Another process is at work in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if state == "replace":
-        with _locked(folder):
-            os.replace(folder, _aside(folder))
-        folder.mkdir()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state == "replace":
+            with _locked(folder):
+                os.replace(folder, _aside(folder))
+            folder.mkdir()
     with _locked(folder):
         if state == "resume":
             run = _read_run(folder)
@@ -274,8 +275,8 @@ def _in_words(before: Mapping[str, Any], arguments: Mapping[str, Any], names: It
 
 def _rows_of_a_step(arguments: Mapping[str, Any]) -> int | None:
     """Rows of a step on one process; None where the arguments do not say."""
-    sizes = [arguments.get(name) for name in _ROWS_OF_A_STEP]
-    return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
+    rows, times = (arguments.get(name) for name in _ROWS_OF_A_STEP)
+    return rows * times if isinstance(rows, int) and isinstance(times, int) else None
 
 
 def _aside(folder: Path) -> Path:

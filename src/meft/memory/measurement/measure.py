@@ -107,7 +107,8 @@ def measure(
 
     Raises:
         ConfigError: `step` cannot be called, an argument is of another kind, both `model` and `parameters` are given,
-            the device is neither, or a profiler is already running in this thread (a second one would end it and both would report nothing).
+            the device is neither, or a profiler is already running in this thread (a second one would end it and both
+            would report nothing).
     """
     if not callable(step):
         raise ConfigError(
@@ -126,8 +127,8 @@ def measure(
     for name, value, kind in given:
         if value is not None and not isinstance(value, kind):
             raise ConfigError(
-                f"measure() was given a {type(value).__name__} as {name}. Valid is a {kind.__module__}.{kind.__name__}, "
-                "or None."
+                f"measure() was given a {type(value).__name__} as {name}. Valid is a "
+                f"{kind.__module__}.{kind.__name__}, or None."
             )
     if torch.autograd._profiler_enabled():
         raise ConfigError(
