@@ -160,8 +160,8 @@ class _Table:
         number = _as_number(label)
         if number is None:
             raise DataError(
-                f"Line {line} of {self.path} has the label {label!r}, which is no finite number, beside --regression. "
-                "Mend that line, or leave --regression out to predict classes."
+                f"Line {line} of {self.path} has the label {_excerpt(label)!r}, which is no finite number, beside "
+                "--regression. Mend that line, or leave --regression out to predict classes."
             )
         return number
 
