@@ -39,6 +39,18 @@ STEPS = ["--max_steps=2", "--per_device_train_batch_size=4", "--learning_rate=0.
 PROCESSES = multiprocessing.get_context("fork")
 
 
+LONGEST = 40
+"""Seconds that a trial may take: a pipe that nobody writes to must not be waited for."""
+
+
+class TooLong(BaseException):
+    """Raised by the alarm; nothing that catches errors catches it."""
+
+
+def _too_long(*_: Any) -> None:
+    raise TooLong
+
+
 @dataclass(frozen=True)
 class Trial:
     """One call: its kind, what is wrong with it, and what runs it."""
@@ -49,10 +61,14 @@ class Trial:
 
     def run(self) -> tuple[str, str]:
         """The outcome, and what was said."""
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(LONGEST)
         try:
             said = self.call()
         except BaseException:
-            return ELSE, traceback.format_exc()
+            return ELSE, f"{self.title}\n{traceback.format_exc()}"
+        finally:
+            signal.alarm(0)
         return said.split("\n", 1)[0], said
 
 
@@ -117,6 +133,8 @@ def meft(*words: str) -> str:
             cli.main(words)
         except SystemExit as end:
             code = end.code or 0
+        except TooLong:
+            raise
         except BaseException:
             err.write(traceback.format_exc())
         finally:

@@ -24,7 +24,7 @@ from meft.verification.deployment import uncoupled
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
 from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining, forget_measurements
-from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
+from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete, setting_up
 from .costs import StepCosts
 from .kinds.base import Say, say_nothing
 from .preparation import Prepared, prepare_training
@@ -114,13 +114,14 @@ def train(
             costs(model)
             distance(model, resumed=start is not None)
 
-        trainer = build_trainer(
-            prepared,
-            trainer_arguments,
-            patience=run_arguments.early_stopping_patience,
-            before_training=before_training,
-            extra_files=lambda place: write_json(place / TASK_FILE, record),
-        )
+        with setting_up():
+            trainer = build_trainer(
+                prepared,
+                trainer_arguments,
+                patience=run_arguments.early_stopping_patience,
+                before_training=before_training,
+                extra_files=lambda place: write_json(place / TASK_FILE, record),
+            )
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state
