@@ -365,8 +365,8 @@ def damaged_files(ground: Ground, seed: int, share: float = 0.25) -> Iterator[Tr
                         reader = generator.choice(["evaluate", "export", "verify"])
                         yield _damaged(ground, source, file, damage, reader, generator.random(), method)
     for damage in _DAMAGES:
-        for file in ("run.json", "start.json", "checkpoint-1/optimizer.pt", "checkpoint-1/adapter_model.safetensors",
-                     "checkpoint-1/checkpoint.json", "checkpoint-1/trainer_state.json", "checkpoint-1/rng_state.pth"):  # fmt: skip
+        parts = ("optimizer.pt", "adapter_model.safetensors", "checkpoint.json", "trainer_state.json", "rng_state.pth")
+        for file in ("run.json", "start.json", *(f"checkpoint-1/{part}" for part in parts)):
             yield _resumed(ground, file, damage, generator.random())
         for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             yield _begun(ground, file, damage, generator.random())
@@ -672,12 +672,12 @@ def _page(counts: dict[str, Counter[str]], seed: int) -> str:
         "# What strangers hand in",
         "",
         "Calls of `meft` with what should not be handed in, by kind, and what became of them. Made by",
-        f"`PYTHONPATH=src:tests python tests/support/strangers.py research/strangers.md` (seed {seed}); the slow tests of",
-        "`tests/project/test_strangers.py` try the same.",
+        f"`PYTHONPATH=src:tests python tests/support/strangers.py research/strangers.md` (seed {seed}); the slow tests",
+        "of `tests/project/test_strangers.py` try the same.",
         "",
         "- *refused in a line*: exit code 1 or 2 and one line `Error: ...`, no traceback, no bare error number.",
         "- *went through*: the result is what it would have been, or the value is a valid one after all.",
-        "- *went on after*: failed in a line, or was killed, and the same command then ended as if nothing had happened.",
+        "- *went on after*: failed in a line or was killed, and the same command then ended as if nothing had been.",
         "- *something else*: anything else.",
         "",
         "| kind | tried | " + " | ".join(OUTCOMES) + " |",
