@@ -12,6 +12,7 @@ from meft.memory import estimate as estimate
 from meft.memory import measure as measure
 from meft.training.callbacks import MeftCallback as MeftCallback
 from meft.training.export import export as export
+from meft.training.reversible import ReversibleCallback as ReversibleCallback
 from meft.tuner import MeftConfig as MeftConfig
 from meft.tuner import MeftLayer as MeftLayer
 from meft.tuner import MeftModel as MeftModel
