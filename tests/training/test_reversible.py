@@ -160,7 +160,7 @@ def reward(model: nn.Module, folder: Path, callbacks: Any, **options: Any) -> Tr
 def sentences(model: nn.Module, folder: Path, callbacks: Any, **options: Any) -> Trainer:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     pairs = [{"anchor": f"the {word} cat", "positive": f"a {word} dog"} for word in ("red", "green", "blue", "big") * 4]
     arguments = SentenceTransformerTrainingArguments(str(folder), **{**ARGUMENTS, **options})
