@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory"),
     },
+    "integrations": {"errors", "options", "training"},
     "cli": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory", "training"),

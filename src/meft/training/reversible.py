@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -87,6 +88,26 @@ class Conversion:
             return
         restore(model)
 
+    def compare(self, recorded: Mapping[str, Any]) -> None:
+        """Says that a run goes on from a checkpoint that recorded other options.
+
+        Warns:
+            MeftWarning: it does.
+        """
+        changed = [
+            f"{name}={recorded[name]!r} there and {value!r} now"
+            for name, value in self.options.items()
+            if name in recorded and _plain(recorded[name]) != _plain(value)
+        ]
+        if changed:
+            warnings.warn(
+                f"This run goes on from a checkpoint that was trained with other options ({', '.join(changed)}), so "
+                f"its model computes something else than the one that was saved. Give {self.name} the options of the "
+                "checkpoint to go on as if it had never stopped.",
+                MeftWarning,
+                stacklevel=2,
+            )
+
 
 class ReversibleCallback(TrainerCallback, ExportableState):
     """Makes the model of a Trainer reversible while it is trained, in one line.
@@ -148,7 +169,7 @@ class ReversibleCallback(TrainerCallback, ExportableState):
             )
         recorded = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(recorded, dict):
-            self._compare(recorded.get("args", {}))
+            self._conversion.compare(recorded.get("args", {}))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,22 +180,6 @@ class ReversibleCallback(TrainerCallback, ExportableState):
         if not self._ended:
             self._ended = True
             self._conversion.give_back(model)
-
-    def _compare(self, recorded: dict[str, Any]) -> None:
-        now = {name: _plain(value) for name, value in self._conversion.options.items()}
-        changed = [
-            f"{name}={recorded[name]!r} there and {now[name]!r} now"
-            for name in now
-            if name in recorded and _plain(recorded[name]) != now[name]
-        ]
-        if changed:
-            warnings.warn(
-                f"This run goes on from a checkpoint that was trained with other options ({', '.join(changed)}), so "
-                f"its model computes something else than the one that was saved. Give {type(self).__name__} the "
-                "options of the checkpoint to go on as if it had never stopped.",
-                MeftWarning,
-                stacklevel=2,
-            )
 
 
 ReversibleCallback.__doc__ = documented(ReversibleCallback.__doc__, options_of(FUNCTION).values())

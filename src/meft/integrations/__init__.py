@@ -1,0 +1,1 @@
+"""Plug-ins for other programs that train: each module is imported by that program, and by nothing else here."""
