@@ -30,11 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
     "methods": {"errors", "engine", "options", "parsing", "backbone", "tuner"},
     "memory": {"errors", "storage", "engine", "options", "loading", "backbone", "methods"},
+    "integrations": {"errors", "engine", "options", "backbone", "verification", "memory"},
     "training": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
-        *("methods", "memory"),
+        *("methods", "memory", "integrations"),
     },
-    "integrations": {"errors", "options", "training"},
     "cli": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory", "training"),

@@ -1,1 +1,1 @@
-"""Plug-ins for other programs that train: each module is imported by that program, and by nothing else here."""
+"""What plugs into the trainers of others: callbacks for Transformers' Trainer, and a module for each other program."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from meft.errors import MissingPackageError
 from meft.options import FUNCTION, documented, option_arguments, options_of
-from meft.training.reversible import Conversion
+
+from .reversible import Conversion
 
 try:
     from lightning.pytorch.callbacks import Callback
