@@ -28,7 +28,7 @@ from meft.backbone.layers import ReversibleLayer
 from meft.backbone.report import reversible_stacks
 from meft.errors import ConfigError, MeftWarning
 from support import models
-from support.launching import EXAMPLES
+from support.launching import EXAMPLES, launch
 from support.peft_helpers import assert_equal, snapshot
 from support.tiny import make_model
 
@@ -457,3 +457,24 @@ def test_gradient_checkpointing_is_set_aside(tmp_path: Path, caplog: pytest.LogC
         found.append((losses(run), snapshot(run.model)))
     assert found[0][0] == found[1][0]
     assert_equal(found[0][1], found[1][1])
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    found = launch("reversible_worker.py", tmp_path)
+    assert found["wrapped in"] == "DistributedDataParallel" and found["reversible in training"]
+    assert found["equal"] and len(found["losses"]) == 3
+    assert not found["reversible afterwards"] and found["warnings"] == []
+
+
+def test_weights_that_are_spread_out_stay_in_reversible_layers(tmp_path: Path) -> None:
+    """Spread by whatever `refuse_sharded` knows; here DeepSpeed's mark, which needs no processes."""
+    run = transformers_trainer(lora(), tmp_path, [meft.ReversibleCallback(gamma=GAMMA), _Shard()])
+    with pytest.warns(MeftWarning, match="PeftModelForCausalLM stays reversible after training, since its weights"):
+        run.train()
+    assert is_reversible(run.model)
+
+
+class _Shard(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            next(model.parameters()).ds_status = "partitioned"

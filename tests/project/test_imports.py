@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors", "storage", "engine", "options", "loading", "backbone", "methods"},
     "integrations": {"errors", "engine", "options", "backbone", "verification", "memory"},
     "training": {
-        *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
+        *("errors", "storage", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory", "integrations"),
     },
     "cli": {
