@@ -20,6 +20,7 @@ from support.peft_helpers import assert_equal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning"),
     pytest.mark.filterwarnings("ignore:You defined a .validation_step.:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:lightning"),
