@@ -252,12 +252,14 @@ def test_the_model_is_reversible_before_it_is_wrapped(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Accelerator, "prepare_model", spied)
     run = transformers_trainer(lora(), tmp_path, [meft.ReversibleCallback()])
     assert is_reversible(run.model) and not prepared
-    run.train()
-    assert prepared == [True]
+    for times in (1, 2):
+        run.train()
+        assert prepared == [True] * times and not is_reversible(run.model)
+    prepared.clear()
     run = transformers_trainer(None, tmp_path, [meft.ReversibleCallback()], model_init=lora)
     first = run.model
     run.train()
-    assert run.model is not first and prepared == [True, True] and not is_reversible(run.model)
+    assert run.model is not first and prepared == [True] and not is_reversible(run.model)
 
 
 def test_checkpoints_are_the_ordinary_models(tmp_path: Path) -> None:
