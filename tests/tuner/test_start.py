@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training.test_callbacks import lora, run, training_logs
+from integrations.test_callbacks import lora, run, training_logs
 from transformers import (
     AutoModel,
     GPT2Config,
