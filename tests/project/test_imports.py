@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
-        *("methods", "memory", "training"),
+        *("methods", "memory", "integrations", "training"),
     },
     "meft_lab": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),

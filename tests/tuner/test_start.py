@@ -12,7 +12,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from integrations.test_callbacks import lora, run, training_logs
 from transformers import (
     AutoModel,
     GPT2Config,
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import meft
+from integrations.test_callbacks import lora, run, training_logs
 from meft.backbone.discovery import find_stacks, post_norm
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
