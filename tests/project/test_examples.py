@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import meft
-from meft.training.callbacks import DRIFT, PEAK
+from meft.integrations.callbacks import DRIFT, PEAK
 from support.launching import EXAMPLES
 
 pytest.importorskip("trl", minversion="1.16")

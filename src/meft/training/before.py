@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
+from meft.integrations.callbacks import FirstBatch
 from meft.storage.files import finite, read_json, write_json
 from meft.verification.distance import Distance
 
 from .arguments import TrainerArguments
-from .callbacks import FirstBatch
 from .costs import StepCosts, autocast_of, measure_costs
 from .kinds.base import Say
 from .preparation import Prepared

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import integration_utils
 
 import meft
-from meft.training.callbacks import DRIFT, PEAK
+from meft.integrations.callbacks import DRIFT, PEAK
 from support import models
 from support.peft_helpers import adapted
 
