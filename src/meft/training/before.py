@@ -10,12 +10,12 @@ from typing import TypeVar
 from torch import nn
 
 from meft.errors import CheckpointError
+from meft.integrations.callbacks import FirstBatch
 from meft.storage.claims import read_object
 from meft.storage.files import finite, write_json
 from meft.verification.distance import Distance
 
 from .arguments import TrainerArguments
-from .callbacks import FirstBatch
 from .costs import StepCosts, autocast_of, measure_costs
 from .kinds.base import Say
 from .preparation import Prepared
