@@ -118,7 +118,7 @@ def _check_sizes(config: PretrainedConfig, name: str) -> None:
     """Refuses sizes that no model has, which would be built for hours before anybody stumbles over them."""
     for size, most in _SIZES.items():
         value = getattr(config, size, None)
-        if isinstance(value, int) and not 0 <= value <= most or isinstance(value, str | float | dict):
+        if (isinstance(value, int) and not 0 <= value <= most) or isinstance(value, str | float | dict):
             raise CheckpointError(
                 f"The configuration of {name} has {size}={value!r}; it must be an integer from 0 to {most}. Copy or "
                 "download it again."
