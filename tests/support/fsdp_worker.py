@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import meft
 from meft.backbone.layers import ReversibleLayer
 from support import models
-from support.peft_helpers import unread
 
 Batch = dict[str, Tensor]
 
@@ -56,8 +55,7 @@ def mine(parts: list[Batch]) -> list[Batch]:
 
 
 def full_gradients(model: nn.Module) -> Tensor:
-    idle = unread(model) if hasattr(model, "peft_config") else set()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in idle}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"no gradient for {missing[:3]}"
     return vector({name: p.grad.full_tensor() for name, p in trained.items()})

@@ -15,6 +15,7 @@ from typing import Any
 from meft.errors import ConfigError
 from meft.integrations import startup
 from meft.integrations.environment import MADE, OPTIONS
+from meft.integrations.reversible import Conversion
 from meft.options import FUNCTION, WithOptions, checked, option_dataclass, options_of
 from meft.parsing import parse
 
@@ -65,12 +66,14 @@ def run_command(words: Sequence[str], *, description: str | None = None) -> int:
     if not program and not {"-h", "--help"} & set(words[:end]):
         given = f"'meft run {' '.join(words)}'".replace(" '", "'")
         raise ConfigError(f"{given} names no program behind '--'. {_USAGE}.")
+    # Before the program starts, so that what is not valid shows here and not in one of its processes.
     (arguments,) = parse((RunArguments,), words[:end], command="run", description=f"{description} {_USAGE}.")
+    options = Conversion("meft run", arguments.options()).options
     if shutil.which(program[0]) is None:
         raise ConfigError(f"No program {program[0]!r} was found. {_USAGE}.")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made"
-        code = _run(program, {OPTIONS: json.dumps(arguments.options()), MADE: str(made)})
+        code = _run(program, {OPTIONS: json.dumps(options), MADE: str(made)})
         if code == 0 and not made.exists():
             say(
                 f"Warning: {program[0]} made no Trainer of Transformers, so nothing was reversible. Programs with a "
