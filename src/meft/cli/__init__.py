@@ -48,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _complain(error)
         sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
-    except InterruptedRunError:
-        _complain("Interrupted. The same command goes on from the newest checkpoint.")
+    except InterruptedRunError as error:
+        _complain(f"Interrupted. {error}")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
         sys.exit(130)
 
 

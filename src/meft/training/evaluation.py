@@ -29,6 +29,8 @@ def parse_evaluation(
     Raises:
         ConfigError: As `meft.training.arguments.parse`.
     """
+    if argv and not argv[0].startswith("-") and not Path(argv[0]).is_file():
+        argv = ["--model_name_or_path", *argv]  # meft evaluate FOLDER
     model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate", description=description)
     recorded = read_task_file(model.model_name_or_path).get("arguments", {})
     named = any(getattr(data, name) for name in _SOURCES if name != "data_dir")
