@@ -39,9 +39,9 @@ class DataArguments:
     )
     data_dir: str | None = option("The task's official folder or a parent of it. Left out: the task from the hub.")
     train_file: str | None = option(
-        "Your own training rows: a file (.jsonl, .json, .csv, .parquet, or .tsv, read without quoting), a folder of such "
-        "files or of save_to_disk, or a name on the hub. What is learnt follows from the columns: messages, prompt and "
-        "completion, chosen and rejected, or text train a language model; text and label a classifier."
+        "Your own training rows: a file (.jsonl, .json, .csv, .parquet, or .tsv, read without quoting), a folder of "
+        "such files or of save_to_disk, or a name on the hub. What is learnt follows from the columns: messages, "
+        "prompt and completion, chosen and rejected, or text train a language model; text and label a classifier."
     )
     validation_file: str | None = option(
         "Your own validation rows. Left out: for language models a tenth of the training rows, 200 at most."
@@ -185,7 +185,9 @@ class TrainerArguments(TrainingArguments):
 
     _argument_group_name = "Trainer of Transformers"
 
-    learning_rate: float | None = option("The largest learning rate. Left out: what suits the method and the task.")  # type: ignore[assignment]
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        "The largest learning rate. Left out: what suits the method and the task."
+    )
     warmup_steps: float | None = option(  # type: ignore[assignment]
         "Steps over which the learning rate rises to it, or below 1 their share. Left out: what suits the method."
     )

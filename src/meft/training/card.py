@@ -84,6 +84,7 @@ def _training(results: Mapping[str, Any]) -> dict[str, str]:
         found["coupling"] = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     method = {name: arguments.get(name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "bottleneck_dim")}
     relevant = {name for name in method if name.partition("_")[0] in results["method"] or results["coupling"]}
+    options["dpo_beta"] = options["dpo_beta"] if results["task"] == "preferences" else None
     options |= {name: method[name] for name in method if name in relevant and name.startswith("lora") == (
         results["method"].startswith("lora"))}  # fmt: skip
     found |= {name: str(value) for name, value in options.items() if value not in (None, False, -1, -1.0)}

@@ -56,13 +56,18 @@ class LossLines(ProgressCallback):
             super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
-        loader = kwargs.get("eval_dataloader")
-        if not self.bar or not state.is_world_process_zero or not has_length(loader):
+        if not self.bar or not state.is_world_process_zero or not has_length(eval_dataloader):
             return
         if self.prediction_bar is None:
-            self.prediction_bar = tqdm(total=len(loader), desc="Evaluating", leave=False, dynamic_ncols=True)
+            total = len(eval_dataloader)
+            self.prediction_bar: Any = tqdm(total=total, desc="Evaluating", leave=False, dynamic_ncols=True)
         self.prediction_bar.update(1)
 
     def on_log(

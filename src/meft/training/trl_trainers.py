@@ -9,14 +9,14 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from meft.errors import ConfigError, MissingPackageError
 
@@ -44,6 +44,7 @@ class _OwnRows(CheckpointingTrainer):
 
     _metrics: dict[str, Any]
     _total_train_tokens: int
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._scored: list[tuple[float, dict[str, float]]] | None = None
@@ -156,10 +157,10 @@ def build_trl(prepared: Prepared, arguments: TrainerArguments, *, split: str, **
         ConfigError: An option cannot be used with these rows.
     """
     evaluated = prepared.splits.get(split)
-    if evaluated is None and arguments.eval_strategy != "no":
+    if evaluated is None and arguments.eval_strategy != IntervalStrategy.NO:
         raise ConfigError(
-            f"eval_strategy is {arguments.eval_strategy.value}, but there are no rows to evaluate on. Give "
-            "--validation_file or a --validation_share above 0."
+            f"eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but there are no rows to evaluate on. "
+            "Give --validation_file or a --validation_share above 0."
         )
     trained = prepared.splits.get("train", evaluated)
     data, preferences = prepared.data, prepared.kind.trainer == "dpo"
@@ -168,6 +169,7 @@ def build_trl(prepared: Prepared, arguments: TrainerArguments, *, split: str, **
     # Rows are cut already, but for packing, which needs the length.
     values["max_length"] = prepared.length if not preferences and data.packing else None
     options: dict[str, Any] = {}
+    config: Any
     if preferences:
         config = DPOConfig(**values, beta=data.dpo_beta, disable_dropout=False)
         options["ref_model"] = _reference(prepared)
@@ -200,8 +202,3 @@ def _drop_reference_adapter(model: Any) -> None:
     """Takes the copy away that TRL makes of an adapter: a new one leaves the model as it is, so none is needed."""
     if isinstance(model, PeftModel) and _REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(_REFERENCE_ADAPTER)
-
-
-def around(prepared: Prepared) -> Callable[[], AbstractContextManager[Any]]:
-    """The context of a way to train, if it has one."""
-    return nullcontext if prepared.way is None else prepared.way.surroundings

@@ -1,4 +1,4 @@
-"""Whether a run has learnt anything, in words: against the most frequent label, or against the model before training."""
+"""Whether a run has learnt anything, in words: against the most frequent label, or the model before training."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _of_preferences(metrics: Metrics, arguments: TrainerArguments) -> Verdict:
         return Verdict(True, f"Of {preferred:.0%} of the validation pairs the chosen answer has become likelier.")
     return Verdict(
         False,
-        f"Nothing was learnt: of {preferred:.0%} of the validation pairs the chosen answer has become likelier; half is "
-        f"chance. {_faster(arguments)}",
+        f"Nothing was learnt: of {preferred:.0%} of the validation pairs the chosen answer has become likelier; half "
+        f"is chance. {_faster(arguments)}",
     )
 
 

@@ -108,10 +108,9 @@ def _preference(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if prompt is None:
         same = _shared(chosen, rejected)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    elif not isinstance(prompt, str):
+    elif not isinstance(prompt, str) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         # Many sets have the prompt once more at the beginning of both.
-        if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise DataError(
             f"{where} has no prompt, and chosen and rejected begin differently. Give a column prompt, or put what was "
@@ -188,8 +187,8 @@ def _said(row: Mapping[str, Any], column: str, where: str) -> Any:
         return messages_of(unpacked, column, where)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"{where} has {_shown(value)} in column {column!r}, where a text or a list of messages is expected. Mend or "
-            "remove it."
+            f"{where} has {_shown(value)} in column {column!r}, where a text or a list of messages is expected. Mend "
+            "or remove it."
         )
     return value
 

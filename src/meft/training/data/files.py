@@ -56,7 +56,8 @@ def load_files(files: dict[str, str | Path], options: FileOptions, *, cache_dir:
         ('1', '2', '3', '4', '5')
 
     Args:
-        files: A file, a folder or a name on the hub for each of `"train"`, `"validation"` and `"test"` that is wanted. Test rows need no labels.
+        files: A file, a folder or a name on the hub for each of `"train"`, `"validation"` and `"test"` that is wanted.
+            Test rows need no labels.
         options: The columns and labels.
         cache_dir: Where the hub's files are kept.
 
@@ -96,10 +97,13 @@ class _Table:
         for line, label in zip(self.lines, self.labels, strict=True):
             if label not in index:
                 raise DataError(
-                    f"{self.unit} {line} of {self.path} has the label {label!r}; the labels are {', '.join(spec.labels)}. "
+                    f"{self.where(line)} has the label {label!r}; the labels are {', '.join(spec.labels)}. "
                     "Mend that line, or name every label with --labels."
                 )
         return to_rows(self.texts, [index[label] for label in self.labels])
+
+    def where(self, line: int) -> str:
+        return f"{self.unit} {line} of {self.path}"
 
     def _require(self, name: str, columns: list[str], option: str) -> None:
         if name in columns:
@@ -113,7 +117,7 @@ class _Table:
         for line, row in numbered:
             if not isinstance(row.get(name), str):
                 raise DataError(
-                    f"{self.unit} {line} of {self.path} has {row.get(name)!r} in column {name!r}, where a text is expected. "
+                    f"{self.where(line)} has {row.get(name)!r} in column {name!r}, where a text is expected. "
                     "Mend or remove that line."
                 )
         return [row[name] for _, row in numbered]
@@ -122,7 +126,7 @@ class _Table:
         value = row.get(self.options.label_column)
         if value is None or value == "" or isinstance(value, (list, dict)):
             raise DataError(
-                f"{self.unit} {line} of {self.path} has no label: column {self.options.label_column!r} holds {value!r}. "
+                f"{self.where(line)} has no label: column {self.options.label_column!r} holds {value!r}. "
                 "Mend or remove that line."
             )
         return str(value)
@@ -131,7 +135,7 @@ class _Table:
         number = _as_number(label)
         if number is None:
             raise DataError(
-                f"{self.unit} {line} of {self.path} has the label {label!r}, which is no finite number, beside --regression. "
+                f"{self.where(line)} has the label {label!r}, which is no finite number, beside --regression. "
                 "Mend that line, or leave --regression out to predict classes."
             )
         return number

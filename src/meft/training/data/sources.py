@@ -195,7 +195,7 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def renamed(source: Source, columns: Sequence[str]) -> Source:
+def renamed(source: Source, columns: Sequence[str] | None) -> Source:
     """The rows with columns renamed as `--columns prompt=question completion=answer` says.
 
     Raises:
@@ -213,8 +213,8 @@ def renamed(source: Source, columns: Sequence[str]) -> Source:
     missing = [theirs for theirs in names if theirs not in source.columns]
     if missing:
         raise DataError(
-            f"{source.name} has no column {missing[0]!r}; its columns are {', '.join(source.columns)}. Give one of them "
-            "in --columns."
+            f"{source.name} has no column {missing[0]!r}; its columns are {', '.join(source.columns)}. Give one of "
+            "them in --columns."
         )
     taken = set(names.values())
     rows = [

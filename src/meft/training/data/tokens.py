@@ -29,9 +29,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"The rows are conversations, but the tokenizer of {name} has no chat template, so it is not known how they "
-            "are written. Give a model trained on chats (its name often ends in -Instruct or -it), its tokenizer with "
-            "--tokenizer_name, a template with --chat_template FILE.jinja, or rows of prompt and completion as texts."
+            f"The rows are conversations, but the tokenizer of {name} has no chat template, so it is not known how "
+            "they are written. Give a model trained on chats (its name often ends in -Instruct or -it), its tokenizer "
+            "as --tokenizer_name, a template with --chat_template FILE.jinja, or rows of prompt and completion as texts."
         )
 
 
@@ -89,7 +89,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, A
         DataError: The template refuses the conversation.
     """
     try:
-        return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)[IDS])
+        found: Any = tokenizer.apply_chat_template(
+            list(map(dict, messages)), tokenize=True, return_dict=True, **options
+        )
+        return list(found[IDS])
     except Exception as error:  # a template may raise anything of its own
         raise DataError(
             f"The chat template refuses a conversation that begins with {_begin(messages)}: {error} Mend or remove it."
@@ -105,7 +108,7 @@ def _conversations(tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> Ca
     def encode(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
         messages, options = row["messages"], _options(row)
         if marked:
-            found = tokenizer.apply_chat_template(
+            found: Any = tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
             )
             return list(found[IDS]), [bool(bit) for bit in found["assistant_masks"]]

@@ -1,7 +1,7 @@
 """The kinds of tasks that `meft train` knows, and which of them a task's name stands for.
 
-The library knows the user's own rows: texts with labels, and what language models are trained on. Further kinds come from packages that name them as entry points of the group
-"meft.tasks", as the laboratory does.
+The library knows the user's own rows: texts with labels, and what language models are trained on. Further kinds
+come from packages that name them as entry points of the group "meft.tasks", as the laboratory does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Language models on the user's own rows: conversations, completions, plain text; and preferences between two answers."""
+"""Language models on the user's own rows: conversations, completions, plain text; and preferences of answers."""
 
 from __future__ import annotations
 
