@@ -64,6 +64,8 @@ def _complain(problem: Any) -> None:
 
 def _quiet_libraries() -> None:
     """Shows warnings as one sentence, and not at all where they speak to the developers of other libraries."""
+    # PyTorch's C++ reads it when it is loaded; its profiler, which counts memory, speaks of the block of a step before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from meft.errors import CheckpointError, ConfigError
 from meft.loading.folders import is_adapter, load
-from meft.loading.models import check_place, is_causal, loading, read_config
+from meft.loading.models import check_place, is_causal, loading, longest_input, read_config
 from meft.loading.tasks import task_type_of
 from meft.parsing import option
 from meft.storage.files import read_json
@@ -135,12 +135,18 @@ class _Speaker:
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         ids = inputs["input_ids"].to(self.model.device)
+        longest = longest_input(self.model, self.tokenizer)
+        room = arguments.max_new_tokens if longest is None else min(arguments.max_new_tokens, longest - ids.shape[1])
+        if room < 1:
+            raise ConfigError(
+                f"What was said is {ids.shape[1]} tokens long, and the model takes {longest}. Begin a new conversation."
+            )
         drawn = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=arguments.max_new_tokens,
+                max_new_tokens=room,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 eos_token_id=_ends(self.model, self.tokenizer),
                 streamer=self.streamer,

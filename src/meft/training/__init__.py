@@ -133,9 +133,9 @@ def train(
             extra_files=lambda place: write_json(place / TASK_FILE, record),
         )
         own_rows = kind.trainer != "classic"
+        show_progress(trainer, say, memory=own_rows)
         if own_rows:
             before(lambda: _plain_metrics(trainer, prepared), resumed=start is not None)
-        show_progress(trainer, say, memory=own_rows)
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state

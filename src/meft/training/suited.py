@@ -38,7 +38,7 @@ def suit(arguments: TrainerArguments, way: Way, task_type: str | None, folder: P
         setattr(arguments, name, value)
     if chosen:
         words = [f"{name} {value:g}" for name, value in chosen.items()]
-        say(f"None was given, so what suits {way.name}: {', '.join(words)}{_share(chosen.get('warmup_steps'))}.")
+        say(f"Not given, so chosen for {way.name}: {', '.join(words)}{_share(chosen.get('warmup_steps'))}.")
 
 
 def suit_logging(arguments: TrainerArguments, rows: int) -> None:

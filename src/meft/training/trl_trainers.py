@@ -158,8 +158,9 @@ def build_trl(prepared: Prepared, arguments: TrainerArguments, *, split: str, **
     """
     evaluated = prepared.splits.get(split)
     if evaluated is None and arguments.eval_strategy != IntervalStrategy.NO:
+        when = IntervalStrategy(arguments.eval_strategy).value
         raise ConfigError(
-            f"eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but there are no rows to evaluate on. "
+            f"eval_strategy is {when}, but there are no rows to evaluate on. "
             "Give --validation_file or a --validation_share above 0."
         )
     trained = prepared.splits.get("train", evaluated)
