@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow unmended quality docs package bench clean
+.PHONY: demo test slow quality docs package bench clean
 
 demo: $(STAMP)
 	$(BIN)/meft demo
@@ -18,10 +18,6 @@ test: $(STAMP)
 # What `make test` leaves out: minutes to hours.
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
-
-# What tests/unmended.txt lists: tests that fail, or that nobody has run, since branches were merged.
-unmended: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --unmended
 
 quality: $(STAMP) docs
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from meft import errors as errors
 from meft.backbone.conversion import make_reversible as make_reversible
 from meft.backbone.conversion import restore as restore
+from meft.backbone.report import StackReport as StackReport
 from meft.errors import MeftError as MeftError
 from meft.loading.folders import load as load
 from meft.memory import MemoryEstimate as MemoryEstimate
@@ -16,5 +17,6 @@ from meft.tuner import MeftLayer as MeftLayer
 from meft.tuner import MeftModel as MeftModel
 from meft.verification import VerifyReport as VerifyReport
 from meft.verification import verify as verify
+from meft.verification.coverage import report as report
 
 __version__: str

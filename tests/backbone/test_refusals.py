@@ -247,30 +247,23 @@ def _detached(hidden: Tensor) -> Tensor:
     return hidden.detach()
 
 
-# Without gradients nothing is detached.
-CHANGES = [(change, mode) for change in (_copied, _scaled, _scaled_in_place) for mode in ("train", "eval")]
-
-
-@pytest.mark.parametrize(("change", "mode"), [*CHANGES, (_detached, "train")])
 @pytest.mark.parametrize("through", ["hook", "loop"])
-def test_a_tensor_changed_between_two_layers(
-    change: Callable[[Tensor], Tensor], mode: str, through: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = meft.make_reversible(base_of("bert")).train(mode == "train")
+def test_a_tensor_detached_between_two_layers(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = meft.make_reversible(base_of("bert")).train()
     layers = model.bert.encoder.layer
     if through == "hook":
-        handle = layers[1].register_forward_hook(lambda module, args, output: change(output))
+        handle = layers[1].register_forward_hook(lambda module, args, output: output.detach())
     else:
         called = layers[2].forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return called(change(hidden), *args, **kwargs)
+            return called(hidden.detach(), *args, **kwargs)
 
         monkeypatch.setattr(layers[2], "forward", forward)
-    with torch.set_grad_enabled(mode == "train"), pytest.raises(UnsupportedModelError) as caught:
+    with pytest.raises(UnsupportedModelError) as caught:
         model(**batch_of("bert"))
     text = str(caught.value)
-    assert "BertModel changes the hidden state between bert.encoder.layer.1 and bert.encoder.layer.2" in text
+    assert "calls bert.encoder.layer.2 with a tensor that does not come from what bert.encoder.layer.1 returned" in text
     assert "Remove the hook or code between these layers" in text
     if through == "hook":
         handle.remove()

@@ -45,7 +45,16 @@ class Bottleneck:
     norm: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Computes up(dropout(act(down(norm(hidden))))); shape (..., hidden), dtype as given."""
+        """Computes up(dropout(act(down(norm(hidden))))); shape (..., hidden) or (batch, hidden, height, width).
+
+        Raises:
+            UnsupportedModelError: neither the last axis nor, of four, the second has the adapter's width, or both do.
+        """
+        if channel_axis(hidden, self.down.in_features) == 1:
+            return self._on_last(hidden.movedim(1, -1)).movedim(-1, 1)
+        return self._on_last(hidden)
+
+    def _on_last(self, hidden: Tensor) -> Tensor:
         wide = hidden.to(self.down.weight.dtype)
         narrow = self.activation(self.down(wide if self.norm is None else self.norm(wide)))
         if isinstance(self.dropout, nn.Module):
@@ -53,6 +62,22 @@ class Bottleneck:
         else:
             narrow = nn.functional.dropout(narrow, self.dropout, self.owner.training)
         return self.up(narrow).to(hidden.dtype)
+
+
+def channel_axis(hidden: Tensor, width: int) -> int:
+    """The axis that an adapter acts on: the last, or the channels of (batch, channels, height, width).
+
+    Raises:
+        UnsupportedModelError: neither axis has the adapter's width, or both do.
+    """
+    last, second = hidden.shape[-1] == width, hidden.dim() == 4 and hidden.shape[1] == width
+    if last == second:
+        found = "both its second and its last axis are" if last else "neither its last axis nor that of its channels is"
+        raise UnsupportedModelError(
+            f"An adapter of width {width} is given a hidden state of shape {tuple(hidden.shape)}: {found} as wide. "
+            "Leave this stack out with stacks=[...], give inputs of another size, or use make_reversible with LoRA."
+        )
+    return -1 if last else 1
 
 
 def new_projections(hidden_size: int, bottleneck_dim: int, std: float = INIT_STD) -> tuple[nn.Linear, nn.Linear]:
@@ -101,7 +126,7 @@ def beside(entry: nn.Module, exit_: nn.Module, adapter: Bottleneck | None, name:
                 "are no feed-forward. Name the module that is with feedforward_module."
             )
         given, first, added = received.pop(), _first(output), True
-        if given.shape[-1] != adapter.down.in_features or first.numel() != given.numel():
+        if adapter.down.in_features not in (given.shape[-1], given.shape[1]) or first.numel() != given.numel():
             raise UnsupportedModelError(
                 f"What was taken for the feed-forward of {name}, {type(entry).__name__} to {type(exit_).__name__}, "
                 f"makes {tuple(first.shape)} of {tuple(given.shape)}, but the hidden state has width "

@@ -25,6 +25,10 @@ Block = Callable[..., Any]
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
+class OtherShapeError(UnsupportedModelError):
+    """A layer returned a hidden state of another shape than it was given."""
+
+
 class CallArguments:
     """The arguments of one call, and the outputs of its blocks other than the hidden state.
 
@@ -36,23 +40,30 @@ class CallArguments:
         args: positional arguments after the hidden state.
         kwargs: keyword arguments.
         name: what messages call the layer.
+        hidden: the hidden state; where it is an argument once more (as keys and values), the block is given the one
+            that it is run on there too.
 
     Attributes:
         outside: the tensors among the arguments that require gradients.
         tensors: all tensors among them.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, hidden: Tensor | None = None
+    ) -> None:
         self.name = name
         self._mappings = {key: value for key, value in kwargs.items() if isinstance(value, MutableMapping)}
         opened = {**kwargs, **{key: dict(value) for key, value in self._mappings.items()}}
         self._leaves, self._structure = tree_flatten((args, opened))
+        self._same = [i for i, leaf in enumerate(self._leaves) if hidden is not None and leaf is hidden]
+        for slot in self._same:
+            self._leaves[slot] = None  # the node must not keep it
         self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.outside = tuple(self._leaves[slot] for slot in self._slots)
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
         self._recording = _recorded()
-        self._fixed = not self.outside and all(map(_is_fixed, (*args, *kwargs.values())))
-        self._args, self._kwargs = args, kwargs
+        self._fixed = not self.outside and not self._same and all(map(_is_fixed, (*args, *kwargs.values())))
+        self._args, self._kwargs = ((), {}) if self._same else (args, kwargs)
         self._further: dict[str, list[int]] = {}
         self._left: list[tuple[list[Any], Any, list[int]]] = []
 
@@ -60,7 +71,7 @@ class CallArguments:
         """Makes the engine's function of a block; only the `main` one decides what the layer returns."""
 
         def function(hidden: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            args, kwargs = self._arguments(outside)
+            args, kwargs = self._arguments(hidden, outside)
             before = {key: dict(kwargs[key]) for key in self._mappings}
             with _private_recording(self._recording) as recorded:
                 output = block(hidden, args, kwargs)
@@ -102,12 +113,14 @@ class CallArguments:
         self._left.clear()
         return result
 
-    def _arguments(self, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, hidden: Tensor, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._fixed:
             return self._args, dict(self._kwargs)
         leaves = list(self._leaves)
         for slot, tensor in zip(self._slots, outside, strict=True):
             leaves[slot] = tensor
+        for slot in self._same:
+            leaves[slot] = hidden
         args, kwargs = tree_unflatten(leaves, self._structure)
         for key, mapping in self._mappings.items():
             fresh = copy.copy(mapping)
@@ -142,7 +155,7 @@ def split_output(output: Any, hidden: Tensor, name: str) -> tuple[Tensor, tuple[
             "tuple that begins with it. Leave this stack out with stacks=[...]."
         )
     if output.shape != hidden.shape:
-        raise UnsupportedModelError(
+        raise OtherShapeError(
             f"{name} was given a hidden state of shape {tuple(hidden.shape)} and returned one of shape "
             f"{tuple(output.shape)}. The streams of a reversible stack are added, so its layers must all have one "
             "width. Leave this stack out with stacks=[...]."

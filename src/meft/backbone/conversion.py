@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from meft.engine.sharding import refuse_sharded
 from meft.errors import ConfigError, MeftWarning
@@ -25,7 +26,10 @@ from .discovery import Stack, check_module, find_stacks, post_norm, pretrained_o
 from .layers import ReversibleLayer
 from .plan import Plan
 from .recording import install_recording
+from .report import found_in
 from .stack import ReversibleStack
+
+logger = logging.get_logger(__name__)
 
 
 @option_arguments(FUNCTION, positional=("coupling",))
@@ -39,11 +43,12 @@ def make_reversible(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         >>> meft.restore(model)                              # an ordinary LoRA model again
 
     Args:
-        model: a Transformers model, or one that PEFT has put adapters in. Only its layer stacks are replaced.
+        model: any module that runs a list of layers, as a rule a Transformers model, or one that PEFT has put adapters
+            in. Only its layer stacks are replaced.
         options: those of the table (`meft.options`).
 
     Returns:
-        The model that was passed in.
+        The model that was passed in. `meft.report(model)` says what was found in it.
 
     Raises:
         ConfigError: an option is not valid, or the model is reversible already.
@@ -73,6 +78,7 @@ def make_reversible(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     if options["fused_loss"]:
         reversible_stacks[0].changes.extend(attach(model))
         reversible_stacks[0].heads.extend(heads(model))
+    logger.info(str(found_in(model)))
     return model
 
 
@@ -90,7 +96,7 @@ def restore(model: nn.Module) -> nn.Module:
     wrapped = [
         (container, index, layer)
         for container in model.modules()
-        if isinstance(container, nn.ModuleList)
+        if isinstance(container, nn.ModuleList | nn.Sequential)
         for index, layer in enumerate(map(inside, container))
         if type(layer) is ReversibleLayer
     ]
@@ -231,7 +237,7 @@ def _refuse_reversible(stack: Stack, plan: Plan) -> None:
 
 def _freeze(stack: Stack, reversible_stack: ReversibleStack) -> None:
     """Spares the optimizer parameters that get no gradient; PEFT freezes a base model by itself."""
-    for layer in stack.layers[: reversible_stack.plan.frozen_layers]:
+    for layer in list(stack.layers)[: reversible_stack.plan.frozen_layers]:
         for parameter in pretrained_of(layer).parameters():
             if parameter.requires_grad:
                 _change(reversible_stack, parameter, "requires_grad", False)

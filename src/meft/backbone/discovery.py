@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,25 +18,9 @@ from .architectures.repeats import order_of
 from .checkpointing import inside
 from .layers import ReversibleLayer
 from .plan import Plan
-from .stack import ReversibleStack
+from .stack import Container, ReversibleStack
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-
-# Layers of Transformers that are called in a loop like all the others, but are not of the class that marks them.
-_UNMARKED = {
-    "transformers.models.albert.modeling_albert.AlbertLayer",
-    "transformers.models.cpmant.modeling_cpmant.CpmAntTransformerBlock",
-    "transformers.models.ctrl.modeling_ctrl.EncoderLayer",
-    "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseLayer",
-    "transformers.models.ibert.modeling_ibert.IBertLayer",
-    "transformers.models.mpnet.modeling_mpnet.MPNetLayer",
-    "transformers.models.openai.modeling_openai.Block",
-}
-
-# What carries a state from token to token beside the hidden state (state-space models, gated recurrences, linear
-# attention, short convolutions), by the name of its class, or by what its code asks of a cache.
-_RECURRENT = re.compile("Mamba|Rwkv|Recurrent|Rglru|LSTM|GatedDelta|ShortConv|LightningAttention|LinearAttention")
-_RECURRENT_STATE = re.compile("(get_|update_)?(conv|ssm|recurrent|rnn)_states?")
 
 
 @dataclass(frozen=True)
@@ -47,17 +29,20 @@ class Stack:
 
     Attributes:
         name: of the ModuleList, as in `model.get_submodule(name)`.
-        layers: the ModuleList itself.
-        parent: the module whose loop calls the layers.
-        owner: the nearest model above with a configuration.
+        layers: the list itself, a ModuleList or a Sequential.
+        parent: the module that holds the list; as a rule its loop calls the layers.
+        owner: the nearest model of Transformers above, or the whole model.
         aliases: the same list under the other names that the model has for it.
+        sure: Transformers marks the layers as such, or the user named the list. Any other is taken on trial: if the
+            first forward pass does not run it as a stack, its layers run as they are.
     """
 
     name: str
-    layers: nn.ModuleList
+    layers: Container
     parent: nn.Module
     owner: nn.Module
     aliases: tuple[Stack, ...] = ()
+    sure: bool = True
 
     def __str__(self) -> str:
         """The stack as messages name it."""
@@ -73,10 +58,15 @@ class Stack:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden state that passes through the layers."""
-        inside = [size for module in self.layers[0].modules() if (size := _norm_width(module)) is not None]
+        """Width of the hidden state that enters the layers."""
+        return self.width(0)
+
+    def width(self, index: int) -> int:
+        """Width of the hidden state at a layer."""
+        layer = pretrained_of(self.layers[index])
+        inside = [size for module in layer.modules() if (size := _norm_width(module)) is not None]
         named = [size for name in _WIDTH_NAMES if isinstance(size := getattr(self.config, name, None), int)]
-        for size in (*(size for size in named if size in inside), *_direct_norms(self.layers[0]), *named):
+        for size in (*(size for size in named if size in inside), *_direct_norms(layer), *named):
             return size
         raise UnsupportedModelError(
             f"The width of {self} is not known: its layers have no norm, and its "
@@ -90,7 +80,7 @@ class Stack:
     @property
     def order(self) -> tuple[int, ...]:
         """Index of the layer that each call of a forward pass runs."""
-        return order_of(nn.ModuleList(map(pretrained_of, self.layers)), self.config, self.name)
+        return order_of([pretrained_of(layer) for layer in self.layers], self.config, self.name)
 
     def reversible_stack(self, plan: Plan) -> ReversibleStack:
         """Describes this stack under a plan, and refuses what the plan cannot do with it."""
@@ -110,32 +100,23 @@ class Stack:
                 if plan.coupling.splits:
                     asked = 'coupling="meft3"' if plan.coupling.name == "meft3" else 'granularity="block"'
                     split_of(pretrained, name, asked)
-        self._refuse_widths()
-        return ReversibleStack(plan, self.name, type(self.owner).__name__, order, self.layers)
-
-    def _refuse_widths(self) -> None:
-        layers = [pretrained_of(layer) for layer in self.layers]
-        widths = [{size for module in layer.modules() if (size := _norm_width(module))} for layer in layers]
-        for index in range(1, len(layers)):
-            # Layers of one width may have other norms besides; of different widths they share none.
-            if widths[index] and widths[0] and widths[index].isdisjoint(widths[0]):
-                raise UnsupportedModelError(
-                    f"{self.layer_name(index)} has width {_direct_norms(layers[index])[0]}, but {self.name}.0 "
-                    f"has {_direct_norms(layers[0])[0]}. The streams of a reversible stack are added, so its layers "
-                    "must all have one width. Leave this stack out with stacks=[...]."
-                )
+        return ReversibleStack(plan, self.name, type(self.owner).__name__, order, self.layers, self.sure)
 
 
 def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[Stack]:
-    """Finds every stack of layers: a ModuleList of layers that Transformers could checkpoint, outermost ones only.
+    """Finds every stack of layers: a list of layers of one kind, outermost ones first.
+
+    Lists that stand inside the layers of a list are taken in its place where their widths show that the hidden state
+    changes its shape from one outer layer to the next (the stages of Swin).
 
     Example:
         >>> [stack.name for stack in find_stacks(BartForConditionalGeneration(config))]
         ['model.encoder.layers', 'model.decoder.layers']
 
     Args:
-        model: a Transformers model, or one that PEFT has changed.
-        chosen: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all.
+        model: any module; a model of Transformers, or one that PEFT has changed, as a rule.
+        chosen: names of the stacks to take, or of modules they lie in ("vision_tower"); None for all. Any ModuleList or
+            Sequential can be named, whatever it holds.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -143,26 +124,35 @@ def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> list[S
     """
     check_module(model, "find_stacks")
     stacks = _merged(_stacks(model, "", model, model))
-    if not stacks:
-        recurrent = next((module for module in model.modules() if _recurrent(module)), None)
-        if recurrent is not None:
-            raise _recurrent_error(f"{type(model).__name__}", recurrent)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack of layers: no ModuleList of Transformers layers "
-            "(GradientCheckpointingLayer) was found. Pass a model of the Transformers library."
-        )
     if chosen is None:
+        if not stacks:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no stack of layers: no ModuleList or Sequential of modules that have a "
+                'norm and several linear layers each was found. Name the list of its layers with stacks=["..."], or '
+                "train this model without meft."
+            )
         return stacks
     names = [stack.name for stack in stacks]
     if isinstance(chosen, str) or not chosen:
         raise ConfigError(f"stacks={chosen!r} is no list of names. Valid: any of {names}, or None for all of them.")
+    by_list = {id(stack.layers): replace(stack, sure=True) for stack in stacks}
+    named = {name: by_list.get(id(stack.layers), stack) for name in chosen if (stack := _named(model, name))}
+    # A list that is named takes the place of those inside it and around it.
+    found = [
+        stack
+        for stack in stacks
+        if not any(stack.layers is n.layers or stack.lies_in(n.name) or n.lies_in(stack.name) for n in named.values())
+    ]
     for name in chosen:
-        if not any(stack.lies_in(name) for stack in stacks):
+        if name not in named and not any(stack.lies_in(name) for stack in stacks):
             raise ConfigError(
                 f"stacks={list(chosen)!r} asks for {name!r}, but {type(model).__name__} has the stacks {names}. Name "
-                "some of these, or modules they lie in."
+                "some of these, modules they lie in, or any other ModuleList or Sequential of layers."
             )
-    return [stack for stack in stacks if any(stack.lies_in(name) for name in chosen)]
+    found = [stack for stack in found if any(stack.lies_in(name) for name in chosen)]
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    unlike = {id(stack.layers): stack for stack in (*found, *named.values())}
+    return sorted(unlike.values(), key=lambda stack: order[stack.name])
 
 
 def post_norm(stacks: Sequence[Stack]) -> bool:
@@ -197,14 +187,79 @@ def _merged(found: Iterator[Stack]) -> list[Stack]:
 
 
 def _stacks(module: nn.Module, name: str, parent: nn.Module, owner: nn.Module) -> Iterator[Stack]:
-    if isinstance(module, nn.ModuleList) and len(module):
-        if all(_is_layer(inside(layer)) for layer in module) and not all(map(_convolutional, module)):
-            yield Stack(name, module, parent, owner)
-            return
-    elif isinstance(module, PreTrainedModel):
+    if isinstance(module, PreTrainedModel):
         owner = module
+    if isinstance(module, nn.ModuleList | nn.Sequential) and (kind := _kind(module)):
+        inner = list(_inside(module, name, owner))
+        if not inner or not (_of_changing_width(module, inner) or (kind == "alike" and _only_hold(module, inner))):
+            yield Stack(name, module, parent, owner, sure=kind == "marked")
+            return
+        yield from inner
+        return
+    yield from _inside(module, name, owner)
+
+
+def _inside(module: nn.Module, name: str, owner: nn.Module) -> Iterator[Stack]:
     for child_name, child in module.named_children():
-        yield from _stacks(child, f"{name}.{child_name}" if name else child_name, module, owner)
+        yield from _stacks(inside(child), f"{name}.{child_name}" if name else child_name, module, owner)
+
+
+def _named(model: nn.Module, name: str) -> Stack | None:
+    """The stack that a user names by the full name of a list."""
+    owner = parent = module = model
+    for part in name.split("."):
+        child = module._modules.get(part) if isinstance(module, nn.Module) else None
+        if child is None:
+            return None
+        owner, parent, module = module if isinstance(module, PreTrainedModel) else owner, module, child
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+        return None
+    if any(layer is None or isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in module):
+        return None
+    return Stack(name, module, parent, owner)
+
+
+def _kind(layers: Container) -> str:
+    """Tells a list of layers: "marked" by Transformers, "alike" if it looks like one; empty for any other.
+
+    What looks like a layer has a norm and at least three maps, two of them linear: experts and heads have no norm, and
+    projections have fewer maps. Whether it is one shows when the model runs it.
+    """
+    children = [None if layer is None else inside(layer) for layer in layers._modules.values()]
+    if None in children or not children:
+        return ""  # a loop over a list with None in it does not run one layer after the other
+    if all(map(_is_marked, children)):
+        return "" if all(map(_convolutional, children)) else "marked"
+    if any(isinstance(layer, nn.ModuleList | nn.ModuleDict | nn.Sequential) for layer in children):
+        return ""
+    alike = len({type(pretrained_of(layer)) for layer in children}) == 1
+    return "alike" if alike and all(map(_looks_like_a_layer, children)) else ""
+
+
+def _is_marked(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer | ReversibleLayer)
+
+
+def _looks_like_a_layer(layer: nn.Module) -> bool:
+    modules = [module for module in pretrained_of(layer).modules() if not isinstance(module, nn.Embedding)]
+    maps = [p.dim() for module in modules for p in module._parameters.values() if p is not None and p.dim() > 1]
+    return len(maps) > 2 and maps.count(2) > 1 and any(_norm_width(module) is not None for module in modules)
+
+
+def _only_hold(layers: Container, inner: Sequence[Stack]) -> bool:
+    """Whether the modules of a list are nothing but holders of lists (the groups of ALBERT)."""
+    held = {parameter for stack in inner for parameter in stack.layers.parameters()}
+    return all(parameter in held for parameter in layers.parameters())
+
+
+def _of_changing_width(layers: Container, inner: Sequence[Stack]) -> bool:
+    """Whether the widths of the lists inside show that the hidden state changes its shape on the way."""
+    widths = {frozenset(_direct_norms(pretrained_of(stack.layers[0]))) for stack in inner}
+    owners = [pretrained_of(layer) for layer in layers]
+    outer = [{size for module in layer.modules() if (size := _norm_width(module))} for layer in owners]
+    disjoint = any(sizes and outer[0] and sizes.isdisjoint(outer[0]) for sizes in outer[1:])
+    alike = len({type(layer) for layer in owners}) == 1
+    return disjoint or (alike and len(widths) > 1 and len(inner) >= len(owners))
 
 
 def _norm_width(module: nn.Module) -> int | None:
@@ -220,40 +275,14 @@ def _direct_norms(layer: nn.Module) -> list[int]:
     return own or [size for module in layer.modules() if (size := _norm_width(module)) is not None]
 
 
-def _is_layer(module: nn.Module) -> bool:
-    cls = type(module)
-    return isinstance(module, GradientCheckpointingLayer | ReversibleLayer) or (
-        f"{cls.__module__}.{cls.__qualname__}" in _UNMARKED
-    )
-
-
 def _convolutional(layer: nn.Module) -> bool:
     """Tells layers that extract features (Wav2Vec2's convolutions) from those of a transformer."""
     kinds = [module for module in layer.modules() if isinstance(module, nn.Linear | _ConvNd)]
     return bool(kinds) and not any(isinstance(module, nn.Linear) for module in kinds)
 
 
-def _recurrent(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) or _RECURRENT.search(type(module).__name__):
-        return True
-    own = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.")]
-    functions = [inspect.unwrap(value) for cls in own for value in vars(cls).values() if inspect.isfunction(value)]
-    return any(_RECURRENT_STATE.fullmatch(name) for function in functions for name in function.__code__.co_names)
-
-
-def _recurrent_error(name: str, module: nn.Module) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{name} contains a {type(module).__name__}: state-space and recurrent layers carry a state from token to "
-        "token beside the hidden state, which a reversible layer does not rebuild. Leave this stack out with "
-        "stacks=[...], or fine-tune this model with gradient checkpointing."
-    )
-
-
 def _refuse(layer: nn.Module, name: str) -> None:
     """Refuses a layer that no coupling can take."""
-    for module in layer.modules():
-        if _recurrent(module):
-            raise _recurrent_error(name, module)
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         raise UnsupportedModelError(
             f"{name} has forward-pre or backward hooks, which a reversible layer would not run. Remove them before "

@@ -19,12 +19,23 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
 from meft.engine.engine import LayerCall, finish, readout, run_layer
+from meft.engine.replay import RngState
 from meft.engine.sharding import check_sharding
 from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
-from .calls import Block, CallArguments, recording, recording_off, requiring, split_hidden, split_output, without_cache
+from .calls import (
+    Block,
+    CallArguments,
+    OtherShapeError,
+    recording,
+    recording_off,
+    requiring,
+    split_hidden,
+    split_output,
+    without_cache,
+)
 from .checkpointing import FLAG, checkpointed, flagged, inside, is_wrapped, unflagged
 from .compilation import Compiler, is_compiled, options_around, options_of, run, surrounding, uncompiled, whole
 from .foreign import check_transforms
@@ -113,12 +124,20 @@ class ReversibleLayer(StandIn):
         if placement is None:
             return self.pretrained(*args, **kwargs)
         reversible_stack = placement.reversible_stack
+        if reversible_stack.left_out is not None:
+            return self._as_it_is(placement, args, kwargs)
         modules = (self.pretrained, *modules_of(self))
         if reversible_stack.plan.coupling is not None or reversible_stack.frozen(placement.index):
             self._switch_off_checkpointing(modules, reversible_stack)
         self._refuse_replica(placement)
         check_sharding(self, self.pretrained, placement.name)
-        hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
+        try:
+            hidden, args, kwargs = split_hidden(self.pretrained, placement.name, args, kwargs)
+        except UnsupportedModelError as error:
+            if not reversible_stack.on_trial:
+                raise
+            reversible_stack.leave_out(str(error))
+            return self._as_it_is(placement, args, kwargs)
         training = torch.is_grad_enabled() and reversible_stack.in_training()
         if reversible_stack.plan.coupling is not None:
             check_transforms(placement.name, modules, training)
@@ -134,11 +153,47 @@ class ReversibleLayer(StandIn):
             output = self._uncoupled(placement, hidden, args, kwargs)
             self._tell_hooks(hidden, args, kwargs, output)
             return output
+        if placement.index in reversible_stack.plain:
+            return self._between_runs(placement, hidden, args, kwargs)
+        before = _State.take(self.pretrained, hidden) if reversible_stack.first_run(placement.index) else None
         try:
             return self._coupled(placement, self._compiler(placement, around), modules, hidden, args, kwargs)
+        except OtherShapeError:
+            if before is None or placement.has_adapters:
+                reversible_stack.end()
+                raise
+            before.put()
+            reversible_stack.show_again(hidden)
+            reversible_stack.plain.add(placement.index)
+            return self._between_runs(placement, hidden, args, kwargs)
+        except UnsupportedModelError as error:
+            if before is None or not reversible_stack.on_trial:
+                reversible_stack.end()
+                raise
+            before.put()
+            reversible_stack.leave_out(str(error))
+            reversible_stack.end()
+            return self._as_it_is(placement, (hidden, *args), kwargs)
         except BaseException:
             reversible_stack.end()
             raise
+
+    def _as_it_is(self, placement: Placement, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A layer of a list that turned out to be no stack."""
+        if placement.has_adapters:
+            raise UnsupportedModelError(
+                f"{placement.reversible_stack.name} of {placement.reversible_stack.model} has MEFT adapters but is no "
+                f"stack of layers: {placement.reversible_stack.left_out} Leave it out with stacks=[...]."
+            )
+        return self.pretrained(*args, **kwargs)
+
+    def _between_runs(self, placement: Placement, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A layer that changes the hidden state's shape: the run below ends, and the next one begins anew."""
+        hidden = placement.reversible_stack.leave(placement.index, hidden)
+        output = self._uncoupled(placement, hidden, args, kwargs)
+        placement.reversible_stack.ran(placement.index)
+        self._tell_hooks(hidden, args, kwargs, output)
+        return output
 
     def _compiler(self, placement: Placement, around: int | None) -> Compiler | None:
         """What compiles this call: only training rebuilds, and what Transformers records is taken from the modules."""
@@ -174,15 +229,16 @@ class ReversibleLayer(StandIn):
         reversible_stack = placement.reversible_stack
         self._refuse_wrapped(placement)
         tape = reversible_stack.tape(placement.index, hidden)
-        position = reversible_stack.plan.frozen_layers + tape.position
+        position = reversible_stack.position()
         # Of a stack in training every layer is rebuilt, also one that was put into evaluation for its dropout.
         reversible = (
             torch.is_grad_enabled() and reversible_stack.in_training() and reversible_stack.reversible(position)
         )
-        call = CallArguments(args, kwargs, placement.name)
+        call = CallArguments(args, kwargs, placement.name, hidden)
         vet = reversible and reversible_stack.vet(placement.index, modules)
         layer = self._layer(placement, call, hidden, compiler, modules, vet=vet)
         state, *further = run_layer(tape, layer, reversible=reversible)
+        reversible_stack.ran(placement.index)
         last = position == reversible_stack.depth - 1
         if last:
             state = finish(tape)
@@ -346,6 +402,23 @@ class ReversibleLayer(StandIn):
                 "give gradients to. Use one process a device (accelerate launch, torchrun), or show the process one "
                 "device (CUDA_VISIBLE_DEVICES)."
             )
+
+
+class _State:
+    """What a run of a layer changes that is thrown away: random generators and buffers."""
+
+    def __init__(self, rng: RngState, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        self.rng, self.buffers = rng, buffers
+
+    @classmethod
+    def take(cls, layer: nn.Module, hidden: Tensor) -> _State:
+        return cls(RngState.take(hidden.device), [(buffer, buffer.clone()) for buffer in layer.buffers()])
+
+    def put(self) -> None:
+        self.rng.put()
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
 
 
 def tokenwise(layer: nn.Module) -> bool:

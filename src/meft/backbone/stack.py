@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from meft.engine.engine import Tape
+from meft.engine.checks import leads_to
+from meft.engine.engine import Tape, finish, splice
 from meft.errors import ConfigError, MeftWarning, UnsupportedModelError
 from meft.loss import refresh
 
@@ -21,6 +23,11 @@ from .adapters import Bottleneck
 from .checkpointing import inside, is_wrapped, warn_dropped
 from .compilation import Compiler
 from .plan import Plan
+
+logger = logging.get_logger(__name__)
+
+Container = nn.ModuleList | nn.Sequential
+"""What holds the layers of a stack."""
 
 
 @dataclass
@@ -33,6 +40,9 @@ class ReversibleStack:
         model: the model's class, for messages.
         order: index of the layer that each call of a forward pass runs; ALBERT runs one layer many times.
         layers: the list in the model that holds the layers or their wrappers.
+        sure: whether the list is known to be a stack; one on trial whose first forward pass fails is left out.
+        left_out: why its layers run as they are, if they do.
+        plain: indices of the layers that run as they are because they change the hidden state's shape.
         changes: what conversion changed besides the layers, as (object, attribute, value before).
         hooks: handles of the hooks that conversion put on the model.
         compilers: those that layers are compiled with, one for each set of options.
@@ -43,12 +53,19 @@ class ReversibleStack:
     name: str
     model: str
     order: tuple[int, ...]
-    layers: nn.ModuleList = field(repr=False, compare=False)
+    layers: Container = field(repr=False, compare=False)
+    sure: bool = True
     changes: list[tuple[Any, str, Any]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     compilers: list[Compiler] = field(default_factory=list, repr=False, compare=False)
     heads: list[Any] = field(default_factory=list, repr=False, compare=False)
+    left_out: str | None = None
+    plain: set[int] = field(default_factory=set)
     _running: dict[int, Tape] = field(default_factory=dict, repr=False)
+    # By thread: how many calls of the running forward pass lie below its present run of layers.
+    _below: dict[int, int] = field(default_factory=dict, repr=False)
+    _run: set[int] = field(default_factory=set, repr=False)
+    _spliced: set[int] = field(default_factory=set, repr=False)
     _vetted: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
 
@@ -101,38 +118,143 @@ class ReversibleStack:
         self._vetted[index] = hooks
         return True
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether no forward pass has shown yet that the list is a stack."""
+        return not self.sure and len(self._run) < len(self.layers)
+
+    def leave_out(self, reason: str) -> None:
+        """Lets the layers of a list on trial run as they are from now on."""
+        self.left_out = reason
+        self._close()
+        logger.warning_once(
+            f"{self.name} of {self.model} is no stack of layers, and its layers run as they are: {reason}"
+        )
+
+    def position(self) -> int:
+        """The place in the running forward pass of the call that is due."""
+        tape = self._running.get(threading.get_ident())
+        done = 0 if tape is None else tape.position
+        return self.plan.frozen_layers + self._below.get(threading.get_ident(), 0) + done
+
     def tape(self, index: int, hidden: Tensor) -> Tape:
         """Starts a forward pass at the lowest coupled layer, and finds the running one at the others.
 
+        Where the model changed the hidden state since the layer before, what it made becomes the newest stream; where
+        it has another shape or dtype, the streams begin anew.
+
         Raises:
-            UnsupportedModelError: the hidden state is not what the layer before returned, or is no float tensor.
+            UnsupportedModelError: the hidden state does not come from what the layer before returned, or is no float
+                tensor.
         """
+        tape = self._due(index)
         first = self.plan.frozen_layers
-        tape = self._running.get(threading.get_ident())
-        position = first if tape is None else first + tape.position
-        due = self.order[position]
-        if index == self.order[first] and (tape is None or position == first or due != index):
+        if tape is None:
             return self._start(hidden)
-        if tape is None or due != index:
+        if tape.passed_on(hidden) and _followed(tape, hidden):
+            return tape
+        if index == self.order[first] and len(self.layers) - first < self.depth - first:
+            # A layer that runs many times, after a forward pass that was interrupted.
+            return self._start(hidden)
+        if hidden.shape != tape.shape or hidden.dtype != tape.dtype:
+            self._refuse_unread(f"given a hidden state of shape {tuple(hidden.shape)}", index)
+            return self._start(hidden, below=self.position() - first)
+        if not self._comes_from(tape, index, hidden):
+            raise UnsupportedModelError(
+                f"{self.model} calls {self.name}.{index} with a tensor that does not come from what "
+                f"{self.name}.{index - 1} returned (another one of shape {tuple(hidden.shape)}, or the same detached "
+                "from its graph), so they are not layers of one stack. Remove the hook or code between these layers, "
+                f"freeze the layers below with frozen_layers={index}, or leave this stack out with stacks=[...]."
+            )
+        splice(tape, hidden)
+        return tape
+
+    def show_again(self, hidden: Tensor) -> None:
+        """Takes back that a layer was given the hidden state; its call failed."""
+        tape = self._running.get(threading.get_ident())
+        if tape is not None:
+            tape.show(hidden)
+
+    def leave(self, index: int, hidden: Tensor) -> Tensor:
+        """Ends the run of layers below one that is not coupled.
+
+        Returns:
+            The hidden state for that layer, by the output rule if it comes straight from the layers below.
+        """
+        tape, first, position = self._due(index), self.plan.frozen_layers, self.position()
+        if tape is not None and tape.position == 0:
+            self.end()  # begun by this very layer
+            self._below[threading.get_ident()] = position - first
+        elif tape is not None:
+            if tape.passed_on(hidden) and _followed(tape, hidden):
+                hidden = finish(tape)
+            elif self.on_trial:
+                self.leave_out(f"{self.name}.{index} is not given what the layer before it returned")
+                return hidden
+            else:
+                self._refuse_unread("changed", index)
+            self._close()
+        if tape is None and not self._below.get(threading.get_ident()):
+            position = first  # the lowest layer of a forward pass
+        if position == self.depth - 1:
+            self._below.pop(threading.get_ident(), None)
+            if not self.sure and len(self.plain) == len(self.layers):
+                self.leave_out("every layer returns another shape than it is given")
+        else:
+            self._below[threading.get_ident()] = position - first + 1
+        return hidden
+
+    def _due(self, index: int) -> Tape | None:
+        """The running tape if the layer is due, None if a tape must be started; refuses layers out of order."""
+        first, tape, position = self.plan.frozen_layers, self._running.get(threading.get_ident()), self.position()
+        due = self.order[position]
+        if index == self.order[first] and (position == first or due != index):
+            self._close()
+            self._below.pop(threading.get_ident(), None)
+            return None
+        if due != index:
             self._refuse_other_couplings()
-            reached = "no layer" if tape is None else f"{self.name}.{self.order[position - 1]}"
+            reached = "no layer" if position == first else f"{self.name}.{self.order[position - 1]}"
             raise UnsupportedModelError(
                 f"{self.model} called {self.name}.{index} after {reached}, but a reversible stack runs every layer "
                 "once, in order. Models that skip or repeat layers cannot be made reversible; if layers were added or "
                 "taken away since, restore the model and make it reversible again."
             )
-        if tape.passed_on(hidden) and _followed(tape, hidden):
-            return tape
-        if index == self.order[first]:
-            # A layer that runs many times, after a forward pass that was interrupted.
-            return self._start(hidden)
-        raise UnsupportedModelError(
-            f"{self.model} changes the hidden state between {self.name}.{index - 1} and {self.name}.{index}: layer "
-            f"{index} was given another tensor (shape {tuple(hidden.shape)}) than layer {index - 1} returned, or "
-            "one modified in place, and what happened in between would be lost in the second stream. Remove the "
-            f"hook or code between these layers, or leave the layers below uncoupled and untrained with "
-            f"frozen_layers={index}: what lies below those trains on through them."
-        )
+        return tape
+
+    def _comes_from(self, tape: Tape, index: int, hidden: Tensor) -> bool:
+        """Whether a changed hidden state was computed from the one that the layer before returned.
+
+        Seen from its graph, once for each layer; without a graph it is taken for granted.
+        """
+        visible = tape.visible
+        if visible is not None and not tape.arithmetic.exact and hidden.data_ptr() == visible.data_ptr():
+            return False  # changed in place, and a float stream is that very memory
+        if visible is None or not visible.requires_grad:
+            return True
+        if not hidden.requires_grad:
+            return False
+        if index in self._spliced or hidden is visible:
+            return True
+        self._spliced.add(index)
+        return leads_to(hidden, visible)
+
+    def _refuse_unread(self, what: str, index: int) -> None:
+        """Only the newest stream can be read where nobody knew that the run would end."""
+        coupling = self.plan.coupling
+        if coupling is not None and coupling.output != (0, 1):
+            raise UnsupportedModelError(
+                f"Layer {self.name}.{index} of {self.model} is {what} by code outside the layers, where the "
+                f"output rule of {coupling.name} would have to be applied before. Use output='newest', or leave this "
+                "stack out with stacks=[...]."
+            )
+
+    def _close(self) -> None:
+        """Ends the running tape in good order: what it computed is used."""
+        tape = self._running.pop(threading.get_ident(), None)
+        if tape is not None:
+            tape.abandon()
+            tape.check_magnitudes()
 
     @contextmanager
     def weights_fixed(self, layer: nn.Module) -> Iterator[None]:
@@ -198,6 +320,7 @@ class ReversibleStack:
 
     def end(self) -> None:
         """Forgets the running forward pass; its graph, if any, keeps the tape alive."""
+        self._below.pop(threading.get_ident(), None)
         tape = self._running.pop(threading.get_ident(), None)
         if tape is not None:
             tape.abandon()
@@ -211,8 +334,13 @@ class ReversibleStack:
         """
         tape = self._running.get(threading.get_ident())
         if tape is None:
+            self._below.pop(threading.get_ident(), None)
             return
-        done = self.plan.frozen_layers + tape.position
+        if self.on_trial:
+            self.leave_out(f"{self.position()} of its {self.depth} layers were run")
+            self.end()
+            return
+        done = self.position()
         self.end()
         raise UnsupportedModelError(
             f"{self.model} ran {done} of the {self.depth} layers of {self.name}, or something else between two of "
@@ -239,8 +367,18 @@ class ReversibleStack:
                 "Two streams can follow one only. Activate one adapter in all of them with model.set_adapter(name)."
             )
 
-    def _start(self, hidden: Tensor) -> Tape:
-        self.end()
+    def first_run(self, index: int) -> bool:
+        """Whether a layer has never run as one of the stack."""
+        return index not in self._run
+
+    def ran(self, index: int) -> None:
+        """Notes that a layer has run in its place."""
+        self._run.add(index)
+
+    def _start(self, hidden: Tensor, below: int | None = None) -> Tape:
+        self._close()
+        if below is not None:
+            self._below[threading.get_ident()] = below
         for model in self.heads:
             refresh(model)
         if not hidden.is_floating_point():
@@ -263,7 +401,7 @@ class ReversibleStack:
         return tape
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": {}}
+        return {**self.__dict__, "_running": {}, "_below": {}}
 
 
 @dataclass(frozen=True)

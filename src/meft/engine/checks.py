@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from meft.errors import DoubleBackwardError, MeftError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
 
@@ -128,6 +129,20 @@ def explained() -> Iterator[None]:
             "be differentiated as a part of the layer. Use use_reentrant=False inside the layers, or leave it out: "
             "reversible layers keep no activations. This step's gradients were not applied."
         ) from error
+
+
+def leads_to(later: Tensor, earlier: Tensor) -> bool:
+    """Whether one tensor was computed from another, by their graph."""
+    goal = earlier.grad_fn if earlier.grad_fn is not None else get_gradient_edge(earlier).node
+    pending, seen = [get_gradient_edge(later).node], set()
+    while pending:
+        node = pending.pop()
+        if node is goal:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += [child for child, _ in node.next_functions if child is not None]
+    return False
 
 
 def check_backward(ctx: Any) -> None:

@@ -28,13 +28,24 @@ The rules, which the code below keeps in this order.
    that come back for them are differentiated in the same run.
 9. A function that acts on each token alone can be run tile by tile: rebuilt, inverted and differentiated in a single
    pass over the tokens, with one tile's activations at a time. Streams that only the tape holds are rebuilt in place.
-10. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
+10. A hidden state that something between two layers changed takes the newest stream's place. That stream is kept until
+    the backward pass comes down to it: one a place.
+11. An activation that leaves a step's function on the side (a hook, an intervention) hangs on to the graph of the
+    forward run, and with it the streams below the step, so that a backward pass can begin there.
+12. A step keeps a checksum of the stream that it changes. What is rebuilt is compared with it on the device; all of a
+    backward pass is looked at once, in its last node, with the magnitudes of the streams: one synchronisation.
+13. What cannot be right raises: a second backward pass, gradients of gradients, weights or inputs modified between the
     passes, tensors that would get no gradient, streams that overflow, and streams that do not meet again where both
     began.
+
+Positions count the calls of layers in a forward pass from 0, and an index is the place of a layer in its list; they
+differ where layers run more than once. A level counts coupling steps: the streams of level n lie above n of them.
+Depth is the number of calls of a whole stack.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +55,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .arithmetic import norm
 from .checks import (
     changes_of,
     check_backward,
@@ -55,11 +67,11 @@ from .checks import (
 )
 from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad, without_hooks
-from .routes import Attach, Readout, Route, SideAttach, placeholder
+from .routes import Attach, Readout, Route, SideAttach, Splice, placeholder
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
 from .tiles import joined, tile_of, tiles
 
-__all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer"]
+__all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer", "splice"]
 
 Function = Callable[[Tensor, Sequence[Tensor]], "Tensor | tuple[Tensor, ...]"]
 """A block of a layer: (stream as hidden state, outside tensors) -> hidden state, or a tuple that begins with it."""
@@ -112,20 +124,51 @@ def run_layer(tape: Tape, layer: LayerCall, *, reversible: bool) -> tuple[Tensor
     if tape.observer is not None and tape.streams is not None:
         tape.observer.passed(tape, tape.position, tape.streams)
     inputs = (*layer.outside, *layer.parameters)
-    if not reversible or tape.by_token or not torch.is_grad_enabled():
-        outputs = _run_cached(tape, layer, handles)
-    elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
-        outputs = _run_reversible(tape, layer, handles, inputs)
-    else:
-        # Nothing that is known of trains here; once, and when hooks come or go, it is seen whether something else does.
-        with torch.set_grad_enabled(layer.vet):
+    before = tape.streams, tape.kept, tape.level
+    try:
+        if not reversible or tape.by_token or not torch.is_grad_enabled():
             outputs = _run_cached(tape, layer, handles)
-        check_leaves(tape, outputs, ())
+        elif any(tensor.requires_grad for tensor in (*handles, *inputs)):
+            outputs = _run_reversible(tape, layer, handles, inputs)
+        else:
+            # Nothing that is known of trains here; once, and when hooks come or go, it is seen whether something does.
+            with torch.set_grad_enabled(layer.vet):
+                outputs = _run_cached(tape, layer, handles)
+            check_leaves(tape, outputs, ())
+    except BaseException:
+        # A step before the one that failed was taken; the layer may be run in another way instead.
+        tape.streams, tape.kept, tape.level = before
+        raise
     tape.handles = (outputs[0], outputs[1])
     tape.position += 1
     visible = tape.live_handles()[tape.coupling.newest]
     tape.show(visible)
     return visible, *outputs[2:]
+
+
+def splice(tape: Tape, hidden: Tensor) -> None:
+    """Lets a hidden state that something outside the layers made of the newest stream take that stream's place.
+
+    Gradients go through what made it, under ordinary autograd; the older stream stays as it is.
+
+    Args:
+        tape: the running forward pass, between two layers.
+        hidden: of the shape and dtype of the tape's.
+    """
+    assert tape.streams is not None
+    newest = tape.coupling.newest
+    handles, streams = list(tape.live_handles()), list(tape.streams)
+    # Above the last reversible layer, or without one, nothing is rebuilt that lies below.
+    rebuilt = tape.kept is not None and tape.kept is tape.streams
+    if rebuilt and torch.is_grad_enabled() and handles[1 - newest].requires_grad:
+        handles[1 - newest] = Splice.apply(tape, streams[newest], handles[1 - newest])
+    streams[newest], handles[newest] = tape.arithmetic.encode(hidden.detach()), hidden
+    if tape.arithmetic.exact and hidden.numel():
+        tape.watch(norm(hidden, math.inf, by_token=tape.by_token))
+    tape.streams, tape.handles = (streams[0], streams[1]), (handles[0], handles[1])
+    if rebuilt:
+        tape.kept = tape.streams
+    tape.show(hidden)
 
 
 def readout(tape: Tape, *, inner: bool = False) -> Tensor:

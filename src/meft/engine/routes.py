@@ -79,3 +79,23 @@ class Readout(torch.autograd.Function):
             ctx.tape.descend(ctx.level, ctx.saved_tensors)
         w1, w2 = ctx.weights
         return None, None, w1 * gradient if w1 else None, w2 * gradient if w2 else None
+
+
+class Splice(torch.autograd.Function):
+    """Keeps a stream that another one takes the place of, until the backward pass has come down to there.
+
+    It passes on the gradient of the older stream, through which it stands between the layers above and those below.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, kept: Tensor, handle: Tensor) -> Tensor:
+        ctx.tape, ctx.level = tape, tape.level
+        ctx.save_for_backward(kept)
+        ctx.set_materialize_grads(False)
+        return placeholder(handle)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, Tensor | None]:
+        (kept,) = ctx.saved_tensors
+        ctx.tape.put_back(ctx.level, kept)
+        return None, None, gradient

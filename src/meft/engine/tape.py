@@ -318,6 +318,12 @@ class Tape:
         """Leaves streams for the node below `level` steps to begin from, if no node above it has run by then."""
         self.offered[level] = streams
 
+    def put_back(self, level: int, newest: Tensor) -> None:
+        """Puts the newest stream of `level` steps back in the place of the one that the model made of it."""
+        streams = list(self.take_outputs(level))
+        streams[self.coupling.newest] = newest
+        self.kept = (streams[0], streams[1])
+
     def anchored(self, level: int) -> bool:
         """Tells whether the streams above `level` steps, the inputs of a layer, are kept."""
         layer, step = divmod(level, len(self.coupling.steps))

@@ -115,13 +115,14 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         # The parallel adapter must have a place before anything is changed.
         feed_forward_of(self.base_layer, reversible_stack.layer_name(index), config.feedforward_module)
         assert config.adapter_places is not None and config.adapter_init_std is not None
+        width = stack.width(index)
         for function, place in PLACES[config.coupling].items():
             if place not in config.adapter_places:
                 continue
-            down, up = new_projections(stack.hidden_size, config.bottleneck_dim, config.adapter_init_std)
+            down, up = new_projections(width, config.bottleneck_dim, config.adapter_init_std)
             parts: dict[str, nn.Module] = {"down": down, "up": up}
             if config.adapter_norm:
-                parts["norm"] = nn.LayerNorm(stack.hidden_size)
+                parts["norm"] = nn.LayerNorm(width)
             for part, module in parts.items():
                 getattr(self, f"meft_{function}_{part}")[adapter_name] = module.to(self._reference().dtype)
             # A module, so that what switches dropout off in a model (TRL's trainers do) finds it.

@@ -40,6 +40,7 @@ class _Pass:
 
     stack: CoupledStack
     tape: Tape
+    first: int = 0
     below: dict[int, Streams] = field(default_factory=dict)
     errors: dict[int, LayerError] = field(default_factory=dict)
 
@@ -63,14 +64,14 @@ class Recorder:
             ]
             if not running:
                 return
-            self.passes[id(tape)] = _Pass(running[0], tape)
+            self.passes[id(tape)] = _Pass(running[0], tape, running[0].reversible_stack.position() - depth)
             self.dtypes |= {tape.dtype, *_autocast(tape.device)}
         self.passes[id(tape)].below[depth] = streams
 
     def rebuilt(self, tape: Tape, depth: int, streams: Streams) -> None:
         found = self.passes.get(id(tape))
         if found is not None:
-            layer = depth + found.stack.reversible_stack.plan.frozen_layers
+            layer = depth + found.first
             found.errors[layer] = _compare(tape, layer, found.below.pop(depth), streams)
 
     def errors(self) -> dict[str, tuple[LayerError, ...]]:
@@ -80,10 +81,12 @@ class Recorder:
             if not found.errors:
                 continue
             name, count = found.stack.name, 1
-            while name in collected:
+            # A list whose hidden state changes its shape on the way is run as several, one above the other.
+            while name in collected and collected[name][-1].layer >= min(found.errors):
                 count += 1
                 name = f"{found.stack.name} (pass {count})"
-            collected[name] = tuple(found.errors[layer] for layer in sorted(found.errors))
+            errors = tuple(found.errors[layer] for layer in sorted(found.errors))
+            collected[name] = (*collected.get(name, ()), *errors)
         return collected
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
-from meft.backbone.stack import ReversibleStack
+from meft.backbone.stack import Container, ReversibleStack
 from meft.engine.engine import observed_by
 from meft.engine.replay import RngState
 from meft.errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
@@ -125,7 +125,7 @@ def _find_coupled(model: nn.Module) -> list[CoupledStack]:
             f"{type(model).__name__} is not reversible, so there is nothing to verify. Make it so with "
             "peft.get_peft_model(model, meft.MeftConfig(...)) or meft.make_reversible(model) first."
         )
-    pairs = [(stack, reversible_stack) for stack in stacks if (reversible_stack := _segment(stack.layers)) is not None]
+    pairs = [(stack, reversible_stack) for stack in stacks if (reversible_stack := _coupled(stack.layers)) is not None]
     if not pairs:
         raise ConfigError(
             f"No MEFT adapter of {type(model).__name__} is active, so its layers run as they are. Leave "
@@ -145,7 +145,7 @@ def _find_coupled(model: nn.Module) -> list[CoupledStack]:
     ]
 
 
-def _segment(layers: nn.ModuleList) -> ReversibleStack | None:
+def _coupled(layers: Container) -> ReversibleStack | None:
     """What the wrappers of a stack share, or None if they run their layers as they are."""
     for layer in layers:
         placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
@@ -242,25 +242,36 @@ def _starting_point(
 def _evaluated(
     model: nn.Module, inputs: Mapping[str, Any], coupled: Sequence[CoupledStack]
 ) -> tuple[Tensor, Tensor | None]:
-    """What leaves the model around the last stack, its final norm included, and the loss if there are labels."""
-    seen: list[Any] = []
+    """What leaves the model around the last stack, its final norm included, and the loss if there are labels.
+
+    Where no module around the layers is called, or where it returns something else, it is what leaves the last layer.
+    """
+    around: list[Any] = []
+    layers: list[Any] = []
     with ExitStack() as stack, torch.no_grad():
         for entry in coupled:
-            handle = entry.stack.parent.register_forward_hook(lambda module, args, output: seen.append(output))
+            handle = entry.stack.parent.register_forward_hook(lambda module, args, output: around.append(output))
             stack.callback(handle.remove)
+            for layer in entry.stack.layers:
+                handle = layer.register_forward_hook(lambda module, args, output: layers.append(output))
+                stack.callback(handle.remove)
         loss = loss_of(model(**inputs))
-    value = seen[-1] if seen else None
-    if isinstance(value, Mapping):
-        value = value.get("last_hidden_state")
-    elif isinstance(value, tuple | list):
-        value = value[0] if value else None
-    if not isinstance(value, Tensor):
-        runner = type(coupled[-1].stack.parent).__name__
-        raise UnsupportedModelError(
-            f"The last hidden state of {type(model).__name__} was not found: {runner}, which runs its layers, returned "
-            f"{'nothing' if not seen else type(seen[-1]).__name__}. Pass a model of the Transformers library."
-        )
-    return value, loss
+    for seen in (around, layers):
+        value = _hidden_state(seen[-1]) if seen else None
+        if value is not None:
+            return value, loss
+    raise UnsupportedModelError(
+        f"The last hidden state of {type(model).__name__} was not found: none of its coupled layers was run on this "
+        "batch. Give a batch that reaches them."
+    )
+
+
+def _hidden_state(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        output = output.get("last_hidden_state")
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
 # -- leaving no trace ------------------------------------------------------------------------------------------------

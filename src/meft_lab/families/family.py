@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from meft.errors import UnsupportedModelError
+
 from .heads import HEADS, OF_IMAGES, OF_TEXT, heads_of, labels_for, prepare
 from .inputs import guessed, pixels, text, token_id, words
 from .shrink import tiny_config
@@ -52,6 +54,11 @@ class Family:
     def heads(self) -> tuple[str, ...]:
         """The heads that the installed Transformers has for the family, the natural one first."""
         found = heads_of(tiny_config(self.model_type, self.changes))
+        if not found:
+            raise UnsupportedModelError(
+                f"No Auto class of Transformers makes a model of {self.model_type} that can be trained by itself; it "
+                "is a part of other models. Try one of those."
+            )
         first = self.head or found[0]
         return (first, *(head for head in found if head != first))
 

@@ -110,6 +110,11 @@ def _tiny_values(config_class: type[PretrainedConfig], changes: Mapping[str, Any
             tiny = _tiny(name, default, specials)
             if tiny is not None:
                 values[name] = tiny
+    if defaults.get("head_dim", 0) is None and {"hidden_size", "num_attention_heads"} <= defaults.keys():
+        values["head_dim"] = HIDDEN // HEADS  # some models of this kind do not derive it
+    rope = defaults.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        values["rope_parameters"] = {**rope, "mrope_section": [HIDDEN // HEADS // 2 - 2, 1, 1]}
     if "kv_lora_rank" in defaults:
         values["num_key_value_heads"] = HEADS  # keys are not shared between heads where they are compressed
     if defaults.get("pad_token_id", 0) is None:

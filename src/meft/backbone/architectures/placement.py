@@ -24,6 +24,9 @@ WHOLE = (
 )
 """Children that are the whole feed-forward, mixtures of experts included."""
 
+MIXERS = ("mixer", "mamba", "mamba_decoder", "temporal_block", "mlstm_layer", "linear_attn", "self_attn", "conv")
+"""Children that mix tokens, beside which the adapter of a layer without a feed-forward stands."""
+
 PAIRS = (
     ("fc1", "fc2"),
     ("linear1", "linear2"),
@@ -38,8 +41,8 @@ PAIRS = (
 
 
 def usual(layer: nn.Module) -> list[Ends]:
-    """Finds the feed-forwards with usual names: children of the layer, else children of one of its children."""
-    return list(_among(layer)) or [ends for part in _parts(layer) for ends in _among(part)]
+    """Finds the feed-forwards with usual names: children of the layer, else of one of its children, else its mixer."""
+    return list(_among(layer)) or [ends for part in _parts(layer) for ends in _among(part)] or list(_mixers(layer))
 
 
 def submodule(layer: nn.Module, path: str) -> nn.Module | None:
@@ -63,6 +66,14 @@ def _among(module: nn.Module) -> Iterator[Ends]:
     for name in WHOLE:
         if name in children and _fits(children[name], children[name]):
             yield children[name], children[name]
+
+
+def _mixers(layer: nn.Module) -> Iterator[Ends]:
+    """The one part of a layer without a feed-forward (Mamba): the adapter stands beside it."""
+    children = dict(layer.named_children())
+    mixer = next((children[name] for name in MIXERS if name in children), None)
+    if mixer is not None:
+        yield mixer, mixer
 
 
 def _fits(entry: nn.Module, exit_: nn.Module) -> bool:

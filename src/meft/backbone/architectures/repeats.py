@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ def albert(config: Any, name: str, depth: int) -> tuple[int, ...]:
 _ORDERS: dict[str, Callable[[Any, str, int], tuple[int, ...]]] = {"AlbertLayer": albert}
 
 
-def order_of(layers: nn.ModuleList, config: Any, name: str) -> tuple[int, ...]:
+def order_of(layers: Sequence[nn.Module], config: Any, name: str) -> tuple[int, ...]:
     """Returns the index of the layer that each call of a forward pass runs."""
     known = _ORDERS.get(type(layers[0]).__name__)
     return tuple(range(len(layers))) if known is None else known(config, name, len(layers))

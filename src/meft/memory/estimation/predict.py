@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from meft.backbone.conversion import find_stacks, layer_drop_unsaid
+from meft.backbone.stack import Container
 from meft.errors import UnsupportedModelError, first_line
 from meft.methods.registry import OFFLOAD, Way
 
@@ -183,9 +184,9 @@ def _loss(output: Any) -> Tensor:
     return output[0].float().mean() if getattr(output, "loss", None) is None else output.loss
 
 
-def _alike(layers: nn.ModuleList) -> bool:
+def _alike(layers: Container) -> bool:
     """Whether the layers of a stack, but for the lowest ones, have the same modules, weights and settings."""
-    return len({_description(layer) for layer in layers[_ENDS:]}) <= 1
+    return len({_description(layer) for layer in list(layers)[_ENDS:]}) <= 1
 
 
 def _description(layer: nn.Module) -> tuple[Any, ...]:

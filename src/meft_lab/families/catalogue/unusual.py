@@ -1,4 +1,4 @@
-"""Recurrent models, vision models that change their width, and old ones: most are refused, for different reasons."""
+"""Recurrent models, vision models that change their width, and old ones."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ UNUSUAL = (
     Family("mamba"),
     Family("mamba2", {"num_heads": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8}),
     Family("falcon_mamba"),
-    Family("rwkv"),
-    Family("xlstm", {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "chunk_size": 8}),
+    Family("rwkv", {"use_cache": False}),
+    Family(
+        "xlstm", {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "chunk_size": 8, "use_cache": False}
+    ),
     Family("recurrent_gemma"),
     Family("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
     Family("bamba", {**_MAMBA_HEADS, "attn_layer_indices": [1]}),
@@ -51,6 +53,5 @@ UNUSUAL = (
     Family("ctrl"),
     Family("canine", {"num_hash_buckets": 16}),
     Family("mobilebert", {"embedding_size": 16, "intra_bottleneck_size": 16}),
-    Family("reformer", {"axial_pos_embds": False, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4}),
     Family("funnel"),
 )
