@@ -146,7 +146,7 @@ def estimate(words: Sequence[str], line: str) -> int:
 
 def all_commands() -> Commands:
     """Those of the library, and those of installed packages."""
-    commands = Commands((train, chat, evaluate, verify, export, estimate))
+    commands = Commands((train, evaluate, chat, verify, export, estimate))
     for point in entry_points(group="meft.commands"):
         point.load()(commands)
     return commands
