@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import SFTConfig, SFTTrainer
 
 from meft.errors import ConfigError, DataError, UnsupportedModelError
+from meft.methods.table import METHODS
 from meft.training.checkpoints import newest_complete
 from meft.training.data.chats import form_of, rows_of
 from meft.training.data.sources import Source, read_split, renamed
@@ -420,3 +421,85 @@ def test_evaluate_takes_another_file(runs: dict[str, tuple[Path, dict[str, Any]]
     file = write_lines(tmp_path / "more.jsonl", completions(30)[20:])
     found = evaluate(run, f"--validation_file={file}")
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"] or 0)) and "token_accuracy" in found
+
+
+# Defaults and precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--bf16"], ["--dtype=bfloat16"], ["--bf16", "--packing", "--max_seq_length=32"]])
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_works_on_a_processor(form: str, words: list[str], model: Path, tmp_path: Path) -> None:
+    if form == "preferences" and "--packing" in words:
+        words = ["--bf16", "--method=lora"]
+    file = write_lines(tmp_path / "rows.jsonl", FORMS[form]())
+    found = whole_train(model, [f"--train_file={file}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2", *words])
+    assert math.isfinite(found["metrics"]["loss"]) and math.isfinite(found["deployed_metrics"]["loss"]
+                                                                     if found["deployed_metrics"] else 0)  # fmt: skip
+
+
+def test_bfloat16_works_for_classes_too(tmp_path: Path) -> None:
+    encoder = make_model(tmp_path / "bert")
+    rows = [{"text": row["text"], "label": row["text"].split()[-1]} for row in texts()]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    words = [f"--train_file={file}", f"--validation_file={file}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2"]
+    assert math.isfinite(whole_train(encoder, [*words, "--bf16"])["metrics"]["loss"])
+
+
+def whole_train(model: Path, words: list[str]) -> dict[str, Any]:
+    """As `support.tiny.train`, without --use_cpu."""
+    from meft.training import TRAIN_TYPES
+    from meft.training import train as run
+    from meft.training.arguments import parse
+
+    fixed = [f"--model_name_or_path={model}", "--measure_steps=1", "--disable_tqdm=true", "--save_strategy=no"]
+    return run(*parse(TRAIN_TYPES, [*fixed, *words], command="train"), command="meft train")
+
+
+def test_the_learning_rate_suits_the_method_unless_it_is_given(model: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", texts())
+    said: list[str] = []
+    for name, words in (("out", []), ("given", ["--learning_rate=3e-4"]), ("lora", ["--method=meft1"])):
+        train(model, [f"--train_file={file}"], tmp_path / name, "--max_steps=1", *words, say=said.append)
+    arguments = [json.loads((tmp_path / n / "results.json").read_text())["arguments"] for n in ("out", "given", "lora")]
+    rates = [METHODS[name].suited("CAUSAL_LM")[0] for name in ("lora", "meft1")]
+    assert [a["learning_rate"] for a in arguments] == [rates[0], 3e-4, rates[1]]
+    assert [a["warmup_steps"] for a in arguments] == [0.1, 0, 0.1]
+    told = [line for line in said if line.startswith("Learning rate ")]
+    assert len(told) == 2 and told[0].startswith(f"Learning rate {rates[0]:g}, reached over the first 10% of the steps")
+
+
+def test_an_unfinished_run_keeps_the_rate_it_began_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", texts())
+    with monkeypatch.context() as patched:
+        patched.setattr("meft.training._save_final", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(model, [f"--train_file={file}"], tmp_path / "run", "--max_steps=2", "--save_strategy=steps")
+    monkeypatch.setattr("meft.methods.table.Method.suited", lambda *_: (0.5, 0.2))
+    train(model, [f"--train_file={file}"], tmp_path / "run", "--max_steps=2", "--save_strategy=steps")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["arguments"]["learning_rate"] == METHODS["lora"].rates["CAUSAL_LM"]
+
+
+def test_the_loss_is_printed_some_twenty_times(model: Path, tmp_path: Path) -> None:
+    file, said = write_lines(tmp_path / "rows.jsonl", texts()), []
+    words = ["--max_steps=45", "--learning_rate=0.01"]
+    train(model, [f"--train_file={file}"], tmp_path / "run", *words, say=said.append)
+    lines = [line for line in said if line.startswith("Step ")]
+    assert len(lines) == 22 and lines[1].startswith("Step 4 of 45: loss ")
+    assert "memory of a step" in lines[1] and "KiB" in lines[1] and "{" not in "".join(lines)
+
+
+def test_a_run_that_has_not_learnt_says_so(model: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", texts())
+    found = train(model, [f"--train_file={file}"], tmp_path / "run", "--max_steps=1", "--learning_rate=1e-6")
+    assert found["learnt"] is False
+    assert found["verdict"].startswith("Nothing was learnt: the validation loss was ")
+    assert "a larger --learning_rate (3e-06 instead of 1e-06), --max_steps 2, or more rows." in found["verdict"]
+    rows = [{"text": row["text"], "label": str(index % 2)} for index, row in enumerate(texts(19))]
+    labelled = write_lines(tmp_path / "labelled.jsonl", rows)
+    data = [f"--train_file={labelled}", f"--validation_file={labelled}"]
+    found = train(model, data, tmp_path / "classes", "--max_steps=1", "--learning_rate=1e-6", "--method=lora")
+    assert found["learnt"] is False
+    assert "and the most frequent label, 0, alone gives 0.526. Give a larger --learning_rate" in found["verdict"]

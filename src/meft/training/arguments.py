@@ -189,7 +189,8 @@ class TrainerArguments(TrainingArguments):
         "The largest learning rate. Left out: what suits the method and the task."
     )
     warmup_steps: float | None = option(  # type: ignore[assignment]
-        "Steps over which the learning rate rises to it, or below 1 their share. Left out: what suits the method."
+        "Steps over which the learning rate rises to it, or below 1 their share. Left out: a tenth where the "
+        "learning rate is left out as well, else none."
     )
     logging_steps: float | None = option(  # type: ignore[assignment]
         "Print the loss every so many steps, or below 1 at every such share. Left out: some twenty times a run."

@@ -19,9 +19,10 @@ LINES = 20
 
 
 def suit(arguments: TrainerArguments, way: Way, task_type: str | None, folder: Path, say: Say) -> None:
-    """Sets the learning rate and the warm-up that were left out, and says which.
+    """Sets the learning rate that was left out, with a warm-up that goes with it, and says which.
 
-    A run that goes on keeps those that it began with.
+    A learning rate that was given means what it says: nothing is set beside it. A run that goes on keeps what it began
+    with.
 
     Args:
         arguments: Changed in place; what was given is not touched.
@@ -30,15 +31,15 @@ def suit(arguments: TrainerArguments, way: Way, task_type: str | None, folder: P
         folder: The output folder.
         say: Called with the sentence.
     """
+    if "learning_rate" not in arguments.left_out:
+        return
     began = _began(folder)
     rate, warmup = way.method.suited(task_type)
-    found = {"learning_rate": rate, "warmup_steps": warmup}
-    chosen = {name: began.get(name, value) for name, value in found.items() if name in arguments.left_out}
-    for name, value in chosen.items():
-        setattr(arguments, name, value)
-    if chosen:
-        words = [f"{name} {value:g}" for name, value in chosen.items()]
-        say(f"Not given, so chosen for {way.name}: {', '.join(words)}{_share(chosen.get('warmup_steps'))}.")
+    arguments.learning_rate = began.get("learning_rate", rate)
+    if "warmup_steps" in arguments.left_out:
+        arguments.warmup_steps = began.get("warmup_steps", warmup)
+    rise = _rise(arguments.warmup_steps or 0)
+    say(f"Learning rate {arguments.learning_rate:g}{rise}, which suits {way.name}; --learning_rate sets another.")
 
 
 def suit_logging(arguments: TrainerArguments, rows: int) -> None:
@@ -59,5 +60,7 @@ def _began(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _share(warmup: float | None) -> str:
-    return f" (the first {warmup:.0%} of the steps)" if warmup is not None and 0 < warmup < 1 else ""
+def _rise(warmup: float) -> str:
+    if not warmup:
+        return ""
+    return f", reached over the first {f'{warmup:.0%} of the' if warmup < 1 else f'{warmup:g}'} steps"

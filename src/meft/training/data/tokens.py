@@ -30,8 +30,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The rows are conversations, but the tokenizer of {name} has no chat template, so it is not known how "
-            "they are written. Give a model trained on chats (named -Instruct or -it), its "
-            "tokenizer as --tokenizer_name, a template with --chat_template FILE.jinja, or rows of prompt and completion as texts."
+            "they are written. Give a model trained on chats (named -Instruct or -it), its tokenizer by "
+            "--tokenizer_name, a template by --chat_template FILE.jinja, or rows of prompt and completion as texts."
         )
 
 
