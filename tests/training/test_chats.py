@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from meft.errors import ConfigError, DataError, UnsupportedModelError
+from meft.errors import ConfigError, DataError, MissingPackageError, UnsupportedModelError
 from meft.methods.table import METHODS
 from meft.training.checkpoints import newest_complete
 from meft.training.data.chats import form_of, rows_of
@@ -503,3 +503,39 @@ def test_a_run_that_has_not_learnt_says_so(model: Path, tmp_path: Path) -> None:
     found = train(model, data, tmp_path / "classes", "--max_steps=1", "--learning_rate=1e-6", "--method=lora")
     assert found["learnt"] is False
     assert "and the most frequent label, 0, alone gives 0.526. Give a larger --learning_rate" in found["verdict"]
+
+
+# What is missing ------------------------------------------------------------------------------------------------------
+
+
+def test_trl_is_named_where_it_is_missing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meft.training.kinds.language.find_spec", lambda name: None)
+    file = write_lines(tmp_path / "rows.jsonl", texts())
+    with pytest.raises(MissingPackageError, match=r'need trl, which is not installed.*pip install "meft\[train\]"'):
+        train(model, [f"--train_file={file}"], tmp_path / "run")
+
+
+def test_a_name_on_the_hub_is_read_with_its_splits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, cache_dir: str | None) -> DatasetDict:
+        asked.append((name, cache_dir))
+        return DatasetDict({"train": Dataset.from_list(chats(8)), "validation": Dataset.from_list(chats(3))})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    words = ["--train_file=somebody/chats", f"--cache_dir={tmp_path / 'cache'}", "--max_steps=1"]
+    found = train(model, words, tmp_path / "run")
+    assert found["rows"] == {"train": 8, "validation": 3}
+    assert set(asked) == {("somebody/chats", str(tmp_path / "cache"))}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_\\w+` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["full", "meft1", "full+momentum", "lora+checkpointing"])
+@pytest.mark.parametrize("form", ["conversations", "preferences"])
+def test_other_ways_train_own_rows_too(form: str, method: str, model: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", FORMS[form]())
+    words = [f"--method={method}", "--num_train_epochs=3", "--per_device_train_batch_size=4", "--learning_rate=0.01"]
+    found = train(model, [f"--train_file={file}"], tmp_path / "run", *words)
+    assert found["learnt"] and evaluate(tmp_path / "run") == (found["deployed_metrics"] or found["metrics"])

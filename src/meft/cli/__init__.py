@@ -35,6 +35,10 @@ BAD_INPUT = (
 )
 
 
+_EXTRAS = {name: "train" for name in ("datasets", "trl", "yaml", "sklearn", "scipy", "pyarrow")}
+"""What brings a package that is not installed, by the package."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `meft` and exits: 0 when all went well, 2 for bad input, 1 for any other failure, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -48,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _complain(error)
         sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        if show_traceback or extra is None:
+            raise
+        _complain(
+            f'meft {words[0]} needs {error.name}, which is not installed. Install it with: pip install "meft[{extra}]"'
+        )
+        sys.exit(2)
     except InterruptedRunError as error:
         _complain(f"Interrupted. {error}")
         sys.exit(130)

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
+from meft.loading.models import absolute
 from meft.methods.registry import count_parameters
 from meft.storage import results
 from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json, write_text
@@ -78,6 +79,8 @@ def train(
     kind = chosen_kind(model_arguments, data_arguments)
     meft_arguments.method = meft_arguments.method or kind.method
     way = meft_arguments.way()
+    if run_arguments.measure_steps is None:
+        run_arguments.measure_steps = kind.measured_steps
     if run_arguments.measure_steps < 0:
         raise ConfigError(f"measure_steps is {run_arguments.measure_steps}; it must be 0 (nothing) or more.")
     check_early_stopping(run_arguments.early_stopping_patience, trainer_arguments)
@@ -106,7 +109,7 @@ def train(
     record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
     assert prepared.way is not None
     if prepared.columns:
-        record["messages"] = prepared.messages
+        record |= {"messages": prepared.messages, "base": absolute(model_arguments.model_name_or_path)}
     record["trained"] = trained_record(prepared.way, settings)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:

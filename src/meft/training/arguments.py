@@ -149,10 +149,10 @@ class RunArguments:
         "auto goes on from the newest checkpoint when output_dir holds an unfinished run of the same arguments.", "auto"
     )
     overwrite_run: bool = option("Move a run that output_dir holds aside (nothing is deleted) and start anew.", False)
-    measure_steps: int = option(
-        "Before training, time this many steps against full fine-tuning and measure the peak memory of one. "
-        "0 measures nothing.",
-        5,
+    measure_steps: int | None = option(
+        "Before training, time this many steps against full fine-tuning (language models on own rows: against the same "
+        "method without its coupling) and measure the peak memory of one. 0 measures nothing. Left out: 5, and 1 of "
+        "language models on own rows."
     )
     total_train_batch_size: int | None = option(
         "Rows of one step of the optimizer over all processes and accumulated batches; gradient_accumulation_steps "

@@ -78,6 +78,8 @@ def _training(results: Mapping[str, Any]) -> dict[str, str]:
     found = {"base model": f"`{results['model']}`", "method": f"{results['method']}: {results['trains']}"}
     options = {name: arguments.get(name) for name in _TRAINER_OPTIONS}
     found |= {"rows": ", ".join(f"{count} {split}" for split, count in results["rows"].items())}
+    if arguments.get("train_file"):
+        found["data"] = f"`{Path(str(arguments['train_file'])).name}`"
     if data.get("columns"):
         found["columns"] = ", ".join(data["columns"])
     if results.get("settings"):

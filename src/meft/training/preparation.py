@@ -180,7 +180,27 @@ def prepare_evaluation(
         model = load_adapter(plain, Path(name), base_name=base_name)
     if method is not None:
         _as_trained(model, name, method)
-    return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded), data=data_arguments)
+    reference = None
+    if kind.trainer == "dpo" and base_name == name:
+        reference = _preferred_from(kind, model_arguments, name, base, data.spec, processor)
+    return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded), reference=reference, data=data_arguments)
+
+
+def _preferred_from(
+    kind: TaskKind, arguments: ModelArguments, name: str, base: str | None, spec: TaskSpec, processor: Any
+) -> Callable[[], nn.Module]:
+    """Builds the model that a whole model was trained from, which its preferences are measured against.
+
+    Raises:
+        ConfigError: The folder does not say which.
+    """
+    origin = base or read_task_file(name).get("base")
+    if origin is None:
+        raise ConfigError(
+            f"{name} does not say which model it was trained from, against which preferences are measured. Give that "
+            "model with --base_model_name_or_path."
+        )
+    return lambda: kind.load_model(arguments, origin, spec, processor)[0]
 
 
 def read_task_file(name: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from meft.errors import ConfigError, MissingPackageError
+from meft.errors import ConfigError
 
 from .arguments import TrainerArguments
 from .checkpoints import CheckpointingTrainer
@@ -27,14 +28,6 @@ from .data.tokens import CHOSEN
 
 if TYPE_CHECKING:
     from .preparation import Prepared
-
-try:
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-except ModuleNotFoundError as error:
-    raise MissingPackageError(
-        f"Language models on own rows need {error.name}, which is not installed. Install it with: pip install "
-        '"meft[train]"'
-    ) from error
 
 _REFERENCE_ADAPTER = "ref"
 
@@ -192,8 +185,8 @@ def build_trl(prepared: Prepared, arguments: TrainerArguments, *, split: str, **
 
 
 def _reference(prepared: Prepared) -> nn.Module | None:
-    """What preferences are measured from, where it is not the model without its adapter."""
-    if isinstance(prepared.model, PeftModel) or prepared.way is None:
+    """What preferences are measured against, where it is not the model without its adapter."""
+    if isinstance(prepared.model, PeftModel):
         return None
     assert prepared.reference is not None
     return prepared.reference().eval().requires_grad_(False)

@@ -69,6 +69,7 @@ class TaskKind(ABC):
         options: The data arguments that belong to this kind alone, or to a few.
         rows: What the user's own rows of this kind are called in messages; empty for tasks by name.
         method: The way to train where none is asked for.
+        measured_steps: How many steps are timed before training where nothing else is asked for.
         trainer: Which trainer of `meft.training.trainers` it is trained by.
         keep_columns: Whether the rows have columns that the model's `forward` does not name, for the collator.
     """
@@ -80,6 +81,7 @@ class TaskKind(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     rows: str = ""
     method: ClassVar[str] = "meft1"
+    measured_steps: ClassVar[int] = 5
     trainer: ClassVar[str] = "classic"
     keep_columns: ClassVar[bool] = False
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from meft.errors import ConfigError, DataError
+from meft.errors import ConfigError, DataError, MissingPackageError
 from meft.loading import models as loading
 
 from ..data.base import TaskData, TaskSpec
@@ -53,6 +54,7 @@ class LanguageModel(TaskKind):
         "validation_share",
     )
     method = "lora+momentum"
+    measured_steps = 1
     trainer = "sft"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
 
@@ -68,6 +70,7 @@ class LanguageModel(TaskKind):
         labels: Sequence[str] | None,
         cache_dir: str | None,
     ) -> TaskData:
+        require_trl()
         found: dict[str, Dataset] = {}
         notes: list[str] = []
         for split in splits:
@@ -183,6 +186,18 @@ class Preferences(LanguageModel):
 def language_kind(form: str) -> LanguageModel:
     """The kind that learns rows of a form."""
     return Preferences() if form == PREFERENCES else LanguageModel(form)
+
+
+def require_trl() -> None:
+    """Refuses own rows for language models where TRL is not installed, before anything is loaded.
+
+    Raises:
+        MissingPackageError: It is not.
+    """
+    if find_spec("trl") is None:
+        raise MissingPackageError(
+            'Language models on own rows need trl, which is not installed. Install it with: pip install "meft[train]"'
+        )
 
 
 def find_validation(arguments: DataArguments, cache_dir: str | None) -> Source | None:
