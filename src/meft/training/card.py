@@ -84,11 +84,12 @@ def _training(results: Mapping[str, Any]) -> dict[str, str]:
         found["columns"] = ", ".join(data["columns"])
     if results.get("settings"):
         found["coupling"] = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
-    method = {name: arguments.get(name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "bottleneck_dim")}
-    relevant = {name for name in method if name.partition("_")[0] in results["method"] or results["coupling"]}
-    options["dpo_beta"] = options["dpo_beta"] if results["task"] == "preferences" else None
-    options |= {name: method[name] for name in method if name in relevant and name.startswith("lora") == (
-        results["method"].startswith("lora"))}  # fmt: skip
+    if results["method"].startswith("lora"):
+        options |= {name: arguments.get(name) for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+    elif results["coupling"] is not None and "+" not in results["method"]:
+        options["bottleneck_dim"] = arguments.get("bottleneck_dim")
+    if results["task"] != "preferences":
+        del options["dpo_beta"]
     found |= {name: str(value) for name, value in options.items() if value not in (None, False, -1, -1.0)}
     found["steps"] = str(results["steps"])
     found["trained parameters"] = f"{results['trainable_parameters']:,} of {results['total_parameters']:,}"
