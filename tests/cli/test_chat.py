@@ -91,13 +91,14 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert what_is_kept(str(folder)).startswith("Nothing was trained yet, and nothing is kept")
     model = make_chat_model(tmp_path / "model")
-    file = write_lines(tmp_path / "rows.jsonl", chats(400))
-    code = "from meft.cli import main; main()"
+    file = write_lines(tmp_path / "rows.jsonl", chats(40))
+    # Processes of a shell's background jobs ignore Ctrl-C.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from meft.cli import main; main()"
     words = ["train", f"--model_name_or_path={model}", f"--train_file={file}", f"--output_dir={folder}", "--use_cpu"]
-    words += ["--measure_steps=0", "--num_train_epochs=500", "--logging_steps=1", "--save_steps=20"]
+    words += ["--measure_steps=0", "--num_train_epochs=500", "--logging_steps=1", "--save_steps=5"]
     for told, kept in (("rows to train on", "Nothing was trained yet"), ("Step 2 of", "There is no checkpoint in")):
         assert kept in interrupted([sys.executable, "-c", code, *words], told)
-    assert "The same command goes on from" in interrupted([sys.executable, "-c", code, *words], "Step 30 of")
+    assert "The same command goes on from" in interrupted([sys.executable, "-c", code, *words], "Step 8 of")
 
 
 def interrupted(command: list[str], told: str) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
@@ -82,3 +86,36 @@ def test_the_row_on_the_page_is_one(tmp_path: Path) -> None:
     from meft.training.data.sources import Source
 
     assert len(rows_of(Source("the page", [(1, json.loads(line))]), "conversations")) == 1
+
+
+@pytest.mark.slow
+def test_the_first_minutes_with_the_real_model(tmp_path: Path) -> None:
+    """SmolLM2, from the hub or from the folder that MEFT_SMOLLM2 names, as a user sees it: in a process of its own."""
+    model = os.environ.get("MEFT_SMOLLM2", NAME)
+    colours = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Colour of {thing}, {index}?"},
+                {"role": "assistant", "content": said},
+            ]
+        }
+        for index in range(10)
+        for thing, said in colours.items()
+    ]
+    write_lines(tmp_path / "chats.jsonl", rows)
+    words = ["train", "--model_name_or_path", model, "--train_file", "chats.jsonl", "--output_dir", "my-lora"]
+    words += ["--num_train_epochs", "1", "--bf16"]
+    shown = meft(words, tmp_path)
+    found = json.loads((tmp_path / "my-lora" / "results.json").read_text())
+    assert found["learnt"] and found["start"]["kl"] < 0.1
+    assert found["peak_activation_bytes"] < found["costs"]["reference_peak_activation_bytes"]
+    assert "Warning" not in shown and "[W" not in shown and "memory of a step" in shown
+    answer = meft(["chat", "my-lora", "--prompt", "Colour of grass, 3?", "--max_new_tokens", "8"], tmp_path)
+    assert "green" in answer.lower()
+
+
+def meft(words: list[str], folder: Path) -> str:
+    """Runs the command line, and returns all that it shows."""
+    command = [sys.executable, "-c", "from meft.cli import main; main()", *words]
+    return subprocess.run(command, cwd=folder, check=True, text=True, stdout=PIPE, stderr=STDOUT).stdout
