@@ -291,7 +291,7 @@ def test_lora_adapters_switched_and_unloaded(order: Callable[..., PeftModel]) ->
     assert_equal(gradients(model, batch), expected)
     loss = model(**batch).loss
     model.set_adapter("other")
-    with pytest.raises(ReconstructionError, match="state that changed in between"):
+    with pytest.raises(ReconstructionError, match="Layer 2 returned other values in the recomputation"):
         loss.backward()
     base = model.unload()
     assert torch.equal(outputs(base.eval(), batch), outputs(meft.make_reversible(base_of("opt")).eval(), batch))
