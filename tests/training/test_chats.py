@@ -342,6 +342,13 @@ def test_what_cannot_be_trained_is_refused(
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_other_separators_are_recognised(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt;completion\nthe cat;a red cat\n")
+    with pytest.raises(DataError, match="one column, 'prompt;completion', which seems to be several separated by ';'"):
+        train(model, [f"--train_file={file}"], tmp_path / "run")
+
+
 def test_a_name_that_is_nowhere_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="nobody/nothing is no file or folder here, and could not be read from the hub"):

@@ -107,7 +107,8 @@ class CostsBeforeTraining:
             )
 
     def _announce(self, beside: str) -> None:
-        self.say(f"Measuring {self.steps} steps{beside} before training; --measure_steps 0 leaves this out.")
+        steps = "a step" if self.steps == 1 else f"{self.steps} steps"
+        self.say(f"Measuring {steps}{beside} before training; --measure_steps 0 leaves this out.")
 
     def _surroundings(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.prepared.way is None else self.prepared.way.surroundings()

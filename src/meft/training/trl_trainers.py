@@ -74,9 +74,10 @@ class _OwnRows(CheckpointingTrainer):
             self._scored = None
         sums = {name: sum(weight * scores[name] for weight, scores in scored) for name in scored[0][1]}
         names, total = list(sums), sum(weight for weight, _ in scored)
-        # float64 sums, so that the order of batches alone can move the last digits
-        summed = torch.tensor([*sums.values(), total], dtype=torch.float64, device=self.args.device)
-        *values, total = self.accelerator.reduce(summed).tolist()
+        values = list(sums.values())
+        if self.accelerator.num_processes > 1:
+            summed = torch.tensor([*values, total], dtype=torch.float64, device=self.args.device)
+            *values, total = self.accelerator.reduce(summed).tolist()
         found = {name: value / max(total, 1) for name, value in zip(names, values, strict=True)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._reported(found).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})

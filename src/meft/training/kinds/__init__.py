@@ -114,6 +114,11 @@ def own_kind(arguments: Any, model: ModelArguments) -> TaskKind:
         return _languages()[form]
     if arguments.label_column in columns or not _writes(model):
         return kinds()[0]
+    if len(columns) == 1 and (other := next((mark for mark in ";\t|" if mark in columns[0]), None)):
+        raise DataError(
+            f"{source.name} has one column, {columns[0]!r}, which seems to be several separated by {other!r}. Save it "
+            "with commas between the columns."
+        )
     raise DataError(
         f"{source.name} has the columns {', '.join(columns)}, by which it is not known what to learn. A language model "
         f"learns {FORMS_IN_WORDS}: rename columns with --columns prompt=NAME completion=NAME. To classify texts give "
