@@ -151,7 +151,7 @@ _ROWS = (
         None,
         _full,
         lambda task, options: "model = base",
-        {None: 5e-5, _WRITING: 2e-5},
+        {None: 1e-4, _WRITING: 2e-5},
         plain=True,
     ),
     Method(
@@ -178,7 +178,7 @@ _ROWS = (
         None,
         _bitfit,
         lambda task, options: f'model = apply_method(base, "bitfit", task_type={task})  # of meft.methods.registry',
-        {None: 1e-3, _WRITING: 1e-3},
+        {None: 1e-2, _WRITING: 1e-3},
         plain=True,
     ),
     _of_meft(ADAPTER_ONLY, "the adapters of meft on the ordinary layers"),
