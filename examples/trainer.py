@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from offline import causal_lm, questions
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 import meft
 
@@ -38,10 +38,11 @@ def main(words: Sequence[str] | None = None) -> Trainer:
     if options.method in ("meft1", "momentum"):
         config = meft.MeftConfig(task_type="CAUSAL_LM", coupling=options.method, backward=options.backward)
         model = get_peft_model(model, config)
-    else:
-        meft.make_reversible(model, backward=options.backward)
-        if options.method == "lora":
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    elif options.method == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    callbacks: list[TrainerCallback] = [meft.MeftCallback()]
+    if options.method in ("lora", "full"):
+        callbacks.append(meft.ReversibleCallback(backward=options.backward))
 
     rows = questions(options.dataset)
     rows = rows.map(
@@ -63,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> Trainer:
             use_cpu=not torch.cuda.is_available(),
             report_to=options.report_to,
         ),
-        callbacks=[meft.MeftCallback()],
+        callbacks=callbacks,
     )
     trainer.train()
     if trainer.is_fsdp_enabled:  # a sharded model is saved whole only if asked to

@@ -5,12 +5,13 @@ from meft.backbone.conversion import make_reversible as make_reversible
 from meft.backbone.conversion import restore as restore
 from meft.backbone.report import StackReport as StackReport
 from meft.errors import MeftError as MeftError
+from meft.integrations.callbacks import MeftCallback as MeftCallback
+from meft.integrations.reversible import ReversibleCallback as ReversibleCallback
 from meft.loading.folders import load as load
 from meft.memory import MemoryEstimate as MemoryEstimate
 from meft.memory import MemoryReport as MemoryReport
 from meft.memory import estimate as estimate
 from meft.memory import measure as measure
-from meft.training.callbacks import MeftCallback as MeftCallback
 from meft.training.export import export as export
 from meft.tuner import MeftConfig as MeftConfig
 from meft.tuner import MeftLayer as MeftLayer

@@ -30,13 +30,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
     "methods": {"errors", "engine", "options", "parsing", "backbone", "tuner"},
     "memory": {"errors", "storage", "engine", "options", "loading", "backbone", "methods"},
+    "integrations": {"errors", "engine", "options", "backbone", "verification", "memory"},
     "training": {
-        *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
-        *("methods", "memory"),
+        *("errors", "storage", "options", "parsing", "loading", "backbone", "tuner", "verification"),
+        *("methods", "memory", "integrations"),
     },
     "cli": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),
-        *("methods", "memory", "training"),
+        *("methods", "memory", "integrations", "training"),
     },
     "meft_lab": {
         *("errors", "storage", "engine", "options", "parsing", "loading", "backbone", "tuner", "verification"),

@@ -26,9 +26,11 @@ batch, drawn before anything else of that layer. In evaluation gamma is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -293,7 +295,7 @@ def rule_for(
 
 
 def forward_streams(
-    parts: Sequence[Coupled],
+    parts: Iterable[Coupled],
     x1: Tensor,
     x2: Tensor,
     coupling: str,
@@ -349,6 +351,7 @@ def coupled_hidden(
     cached_layers: int = 0,
     sign: str = "fixed",
     compensated: bool = False,
+    loop_draws: bool = False,
 ) -> Tensor:
     """The hidden state after a whole stack.
 
@@ -362,21 +365,31 @@ def coupled_hidden(
         hidden: (batch, sequence, hidden), float64: what goes into the first layer.
         layer_kwargs: what the model's loop passes to each layer: `attention_mask`, for a decoder with cross-attention
             also `encoder_hidden_states` and `encoder_attention_mask`.
+        loop_draws: the model's own loop draws a number for each layer (layer drop, also at 0); it drew that of the
+            first.
     """
     assert hidden.dtype == torch.float64, f"the reference is float64, got {hidden.dtype}"
     assert frozen_layers + cached_layers <= len(parts)
     kwargs = layer_kwargs or {}
-    frozen, reversible = parts[:frozen_layers], parts[frozen_layers:]
-    for part in frozen:
+    walk = _drawing(parts) if loop_draws else iter(parts)
+    reversible = parts[frozen_layers:]
+    for part in islice(walk, frozen_layers):
         hidden = _fixed(part.layer, hidden, kwargs)
     if coupling == "adapter":
-        for part in reversible:
+        for part in walk:
             hidden = adapted_layer(part.layer, hidden, part, kwargs)
         return hidden
     if not reversible:
         return hidden
     rule = rule_for(coupling, lam, beta, gamma, output, compensated)
-    return combine(*forward_streams(reversible, hidden, hidden, coupling, rule, kwargs, sign, compensated), rule)
+    return combine(*forward_streams(walk, hidden, hidden, coupling, rule, kwargs, sign, compensated), rule)
+
+
+def _drawing(parts: Sequence[Coupled]) -> Iterator[Coupled]:
+    for index, part in enumerate(parts):
+        if index and part.layer.training:
+            torch.rand([])
+        yield part
 
 
 # --- The same, on the weights of a PEFT model -----------------------------------------------------------------------
@@ -411,7 +424,7 @@ def reference_hidden(
     Args:
         layers: one stack of wrapped layers, frozen ones included.
         encoder_hidden: encoder states for cross-attention; put into `layer_kwargs` as `encoder_hidden_states`.
-        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, compensated.
+        options: lam, beta, gamma, output, frozen_layers, cached_layers, sign, compensated, loop_draws.
     """
     kwargs = dict(layer_kwargs or {})
     if encoder_hidden is not None:
@@ -423,10 +436,12 @@ def reference_hidden(
 class _Stack(nn.Module):
     """Stands where a model's list of layers stood and computes all of them in one call of the model's loop."""
 
-    def __init__(self, layers: Sequence[nn.Module], adapter: str | None, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, parent: nn.Module, layers: Sequence[nn.Module], adapter: str | None, options: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         # A plain list inside a tuple: the layers must not become children of this module, they have a home.
-        self._held = (list(layers), adapter, dict(options))
+        self._held = (list(layers), adapter, {**options, "loop_draws": _loop_draws(parent)})
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layers, adapter, options = self._held
@@ -454,11 +469,17 @@ def reference_model(
     assert found, f"no stack of layers in {type(model).__name__}"
     try:
         for parent, name, layers in found:
-            setattr(parent, name, nn.ModuleList([_Stack(layers, adapter, {"coupling": coupling, **options})]))
+            setattr(parent, name, nn.ModuleList([_Stack(parent, layers, adapter, {"coupling": coupling, **options})]))
         yield model
     finally:
         for parent, name, layers in found:
             setattr(parent, name, layers)
+
+
+def _loop_draws(parent: nn.Module) -> bool:
+    """Whether a model's loop draws for layer drop where there is none to drop, as before Transformers 5.23."""
+    source = inspect.getsource(inspect.unwrap(type(parent).forward))
+    return "torch.rand([])" in source and "self.training and self.layerdrop" not in source
 
 
 def _pretrained(module: nn.Module) -> nn.Module | None:

@@ -545,4 +545,8 @@ def test_other_ways_train_own_rows_too(form: str, method: str, model: Path, tmp_
     file = write_lines(tmp_path / "rows.jsonl", FORMS[form]())
     words = [f"--method={method}", "--num_train_epochs=3", "--per_device_train_batch_size=4", "--learning_rate=0.01"]
     found = train(model, [f"--train_file={file}"], tmp_path / "run", *words)
-    assert found["learnt"] and evaluate(tmp_path / "run") == (found["deployed_metrics"] or found["metrics"])
+    base = [f"--base_model_name_or_path={model}"]
+    assert found["learnt"] and evaluate(tmp_path / "run", *base) == (found["deployed_metrics"] or found["metrics"])
+    if form == "preferences" and method.startswith("full"):
+        with pytest.raises(ConfigError, match="measured against what it was trained from"):
+            evaluate(tmp_path / "run")

@@ -23,22 +23,22 @@ from transformers import (
 )
 
 import meft
+from integrations.test_callbacks import lora, run, training_logs
 from meft.backbone.discovery import find_stacks, post_norm
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
 from meft.engine import couplings
 from meft.engine.tape import residues_told_to
 from meft.errors import ConfigError, DistantStartWarning
+from meft.integrations.callbacks import START_KL, START_LOSS, FirstBatch
 from meft.loss import LazyLogits
 from meft.options import PLACES
-from meft.training.callbacks import START_KL, START_LOSS, FirstBatch
 from meft.training.runs import begun_with
 from meft.tuner.config import MeftConfig
 from meft.verification.distance import Distance, distance_from_plain
 from support import models, tiny
 from support.peft_helpers import batch_of, enlarge, gradients
 from support.stacks import Block, Stacked
-from training.test_callbacks import lora, run, training_logs
 
 SAVED = Path(__file__).parents[1] / "saved" / "0.1.0"
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

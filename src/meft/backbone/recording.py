@@ -10,6 +10,11 @@ from transformers.utils import output_capturing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _MODULE = output_capturing.__name__
+# Transformers 5.6 spells it right; the versions before and after do not.
+_install = (
+    getattr(output_capturing, "install_output_capuring_hook", None)
+    or vars(output_capturing)["install_output_capturing_hook"]
+)
 _OPTIONS = ("key", "index", "capture_initial_hidden_state")
 
 
@@ -23,7 +28,7 @@ class Recorder:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         holder = nn.Module()
-        output_capturing.install_output_capuring_hook(holder, **options)
+        _install(holder, **options)
         (self._hook,) = holder._forward_hooks.values()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 
 from meft.errors import ConfigError
 
+from .checkpointing import inside
 from .discovery import check_module
 from .layers import ReversibleLayer
 from .stack import ReversibleStack
@@ -87,7 +88,7 @@ def stacks_of(model: nn.Module) -> dict[str, ReversibleStack]:
         ConfigError: there is none.
     """
     check_module(model, "report")
-    stacks = dict(_stacks(model))
+    stacks = reversible_stacks(model)
     if not stacks:
         raise ConfigError(
             f"{type(model).__name__} is not reversible, so there is nothing to report. Make it so with "
@@ -96,10 +97,15 @@ def stacks_of(model: nn.Module) -> dict[str, ReversibleStack]:
     return stacks
 
 
+def reversible_stacks(model: nn.Module) -> dict[str, ReversibleStack]:
+    """The reversible stacks of a model by name; empty if it has none."""
+    return dict(_stacks(model))
+
+
 def _stacks(model: nn.Module) -> Iterator[tuple[str, ReversibleStack]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            for layer in module:
+            for layer in map(inside, module):
                 placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
                 if placement is not None:
                     yield name, placement.reversible_stack

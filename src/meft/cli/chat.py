@@ -16,7 +16,7 @@ from meft.loading.folders import is_adapter, load
 from meft.loading.models import check_place, is_causal, loading, longest_input, read_config
 from meft.loading.tasks import task_type_of
 from meft.parsing import option
-from meft.storage.files import read_json
+from meft.storage.claims import read_object, require
 
 _END = ("exit", "quit", "/exit", "/quit")
 
@@ -107,7 +107,8 @@ def open_chat(arguments: ChatArguments) -> tuple[Any, PreTrainedTokenizerBase, b
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name if has_own else base)
     recorded = folder / "task.json"
-    messages = read_json(recorded).get("messages", True) if recorded.is_file() else True
+    found = read_object(recorded) if recorded.is_file() else {}
+    messages = require(recorded, "messages", found.get("messages", True), bool)
     plain = tokenizer.chat_template is None or not messages
     if plain and arguments.system:
         raise ConfigError(
@@ -167,7 +168,7 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 def _check_writes(name: str) -> None:
     if is_adapter(name):
-        kind = read_json(Path(name, "adapter_config.json")).get("task_type")
+        kind = read_object(Path(name, "adapter_config.json")).get("task_type")
         if kind not in (None, "CAUSAL_LM"):
             raise CheckpointError(f"{name} was trained for {kind}, which writes no texts. meft evaluate scores it.")
         return

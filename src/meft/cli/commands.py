@@ -144,9 +144,16 @@ def estimate(words: Sequence[str], line: str) -> int:
     return estimate_command(*parse(types, words, command="estimate", description=estimate.__doc__), command=line)
 
 
+def run(words: Sequence[str], line: str) -> int:
+    """Start a program that trains (meft run -- trl sft ...), and make the model of every Trainer in it reversible."""
+    from .run import run_command
+
+    return run_command(words, description=run.__doc__)
+
+
 def all_commands() -> Commands:
     """Those of the library, and those of installed packages."""
-    commands = Commands((train, evaluate, chat, verify, export, estimate))
+    commands = Commands((train, evaluate, chat, verify, export, estimate, run))
     for point in entry_points(group="meft.commands"):
         point.load()(commands)
     return commands

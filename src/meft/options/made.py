@@ -69,7 +69,8 @@ def option_arguments(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Gives a function the options of a reader as arguments: keywords, but for those named as positional.
 
-    The function takes its first argument and the dictionary of all options. Signature and docstring show them.
+    The function takes its first argument and the dictionary of all options. Signature and docstring show them. Of a
+    class decorate `__init__`; `documented` then describes them in the docstring of the class.
     """
 
     def make(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -88,7 +89,8 @@ def option_arguments(
             try:
                 bound = signature.bind(*args, **keywords)
             except TypeError as error:
-                raise TypeError(f"{function.__name__}() {error}. Its options are {', '.join(options)}.") from None
+                name = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{name}() {error}. Its options are {', '.join(options)}.") from None
             bound.apply_defaults()
             return function(bound.arguments.pop(first.name), bound.arguments)
 

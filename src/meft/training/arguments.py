@@ -14,6 +14,7 @@ from meft.methods.arguments import MeftArguments
 from meft.parsing import as_words, option, parse, read_mapping
 
 from .data.files import FileOptions
+from .numbers import check_numbers
 
 __all__ = [
     "DataArguments",
@@ -197,6 +198,7 @@ class TrainerArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.output_dir_given = self.output_dir is not None
         usual = {field.name: field.default for field in fields(TrainingArguments)}
         self.left_out = tuple(name for name in SUITED if getattr(self, name) is None)

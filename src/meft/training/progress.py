@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from meft.integrations.callbacks import PEAK, MeftCallback
 from meft.storage.results import format_bytes
 
-from .callbacks import PEAK, MeftCallback
 from .kinds.base import Say
 
 # What is printed of a log, under which name and how; the rest is in trainer_state.json.

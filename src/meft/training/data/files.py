@@ -11,9 +11,12 @@ from datasets import Dataset
 
 from meft.errors import ConfigError, DataError
 
-from .base import TaskData, TaskSpec, to_rows
-from .lines import Row
+from .base import TaskData, TaskSpec, listed, to_rows
+from .lines import Row, excerpt
 from .sources import read_split
+
+# Fewer classes than these are believed whatever the number of rows.
+_MANY_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class _Table:
         self.path, self.unit, self.options = source.name, source.unit, options
         numbered = source.rows
         self.lines = [line for line, _ in numbered]
+        self.raw = [row for _, row in numbered]
         columns = list(dict.fromkeys(name for _, row in numbered for name in row))
+        self.columns = columns
         self.texts = [self._texts(name, columns, numbered) for name in options.text_columns]
         self.labels: list[str] | None = None
         if split != "test" or options.label_column in columns:
@@ -97,7 +102,7 @@ class _Table:
         for line, label in zip(self.lines, self.labels, strict=True):
             if label not in index:
                 raise DataError(
-                    f"{self.where(line)} has the label {label!r}; the labels are {', '.join(spec.labels)}. "
+                    f"{self.where(line)} has the label {excerpt(label)!r}; the labels are {listed(spec.labels)}. "
                     "Mend that line, or name every label with --labels."
                 )
         return to_rows(self.texts, [index[label] for label in self.labels])
@@ -110,7 +115,7 @@ class _Table:
             return
         close = get_close_matches(name, columns, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Give one of them as --{option}."
-        raise DataError(f"{self.path} has no column {name!r}; its columns are {', '.join(columns)}.{hint}")
+        raise DataError(f"{self.path} has no column {name!r}; its columns are {listed(columns)}.{hint}")
 
     def _texts(self, name: str, columns: list[str], numbered: Sequence[tuple[int, Row]]) -> list[str]:
         self._require(name, columns, "text_column")
@@ -120,7 +125,23 @@ class _Table:
                     f"{self.where(line)} has {row.get(name)!r} in column {name!r}, where a text is expected. "
                     "Mend or remove that line."
                 )
-        return [row[name] for _, row in numbered]
+            self._check_unicode(line, name, row[name])
+        texts = [row[name] for _, row in numbered]
+        if not any(map(str.strip, texts)):
+            raise DataError(
+                f"Every row of {self.path} has an empty text in column {name!r}. Its columns are {listed(columns)}; "
+                "give the one that holds the texts as --text_column."
+            )
+        return texts
+
+    def _check_unicode(self, line: int, name: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.where(line)} has text in column {name!r} that is no Unicode: "
+                f"{error.object[error.start]!r} alone is half a character. Mend or remove that line."
+            ) from error
 
     def _label(self, line: int, row: Row) -> str:
         value = row.get(self.options.label_column)
@@ -129,14 +150,15 @@ class _Table:
                 f"{self.where(line)} has no label: column {self.options.label_column!r} holds {value!r}. "
                 "Mend or remove that line."
             )
+        self._check_unicode(line, self.options.label_column, str(value))
         return str(value)
 
     def _number(self, line: int, label: str) -> float:
         number = _as_number(label)
         if number is None:
             raise DataError(
-                f"{self.where(line)} has the label {label!r}, which is no finite number, beside --regression. "
-                "Mend that line, or leave --regression out to predict classes."
+                f"{self.where(line)} has the label {excerpt(label)!r}, which is no finite number, beside "
+                "--regression. Mend that line, or leave --regression out to predict classes."
             )
         return number
 
@@ -159,12 +181,34 @@ def _label_names(tables: dict[str, _Table], options: FileOptions) -> tuple[str, 
                 f"The labels of {source.path} are numbers such as {fraction}. Give --regression to predict the number, "
                 "or --labels to treat each value as a class."
             )
+    _check_classes(source, distinct, all(number is not None for number in numbers.values()))
     if len(distinct) < 2:
         raise DataError(
             f"Every row of {source.path} has the label {distinct[0]!r}; there is nothing to learn. Give rows of at "
             "least two labels, or name all labels with --labels."
         )
     return tuple(distinct)
+
+
+def _check_classes(source: _Table, distinct: list[str], numbers: bool) -> None:
+    """Refuses labels of which nearly every row has its own: they are numbers, texts or names, and no classes."""
+    labels = source.labels or []
+    if len(distinct) < _MANY_CLASSES or 2 * len(distinct) <= len(labels):
+        return
+    column = source.options.label_column
+    others = {
+        name: len(values)
+        for name in source.columns
+        if name != column and 1 < len(values := {str(row.get(name)) for row in source.raw}) < _MANY_CLASSES
+    }
+    meant = "The labels are numbers: give --regression to predict them. " if numbers else ""
+    if others:
+        meant += f"Or is the label in column {min(others, key=lambda name: others[name])!r}? Give --label_column. "
+    raise DataError(
+        f"The {len(labels)} rows of {source.path} have {len(distinct)} different labels in column {column!r} "
+        f"({listed(distinct, 3)}), which is no classification: most classes have a single row. {meant}If every one is "
+        "a class, name them all with --labels."
+    )
 
 
 def _as_number(label: str) -> float | None:

@@ -31,6 +31,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
@@ -38,7 +40,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=not layout, **layout)
         try:
-            header = next(reader)
+            header = next(reader, [])
+            repeated = next((name for name in header if header.count(name) > 1), None)
+            if repeated is not None:
+                raise DataError(f"{path} has two columns {repeated!r}. Rename one of them.")
             for cells in reader:
                 if not cells:
                     continue
@@ -62,14 +67,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
                 continue
             try:
                 row = json.loads(line.strip())
+            except RecursionError as error:
+                raise DataError(
+                    f"Line {number} of {path} is nested too deeply: {excerpt(line)}. Every line must be one JSON "
+                    'object, such as {"text": "...", "label": "..."}.'
+                ) from error
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"Line {number} of {path} is not valid JSON ({error.msg} at column {error.colno}): "
-                    f"{_excerpt(line)}. Every line must be one JSON object."
+                    f"{excerpt(line)}. Every line must be one JSON object."
                 ) from error
+            except ValueError as error:
+                raise DataError(f"Line {number} of {path} cannot be read: {error}. Mend that line.") from error
             if not isinstance(row, dict):
                 raise DataError(
-                    f"Line {number} of {path} is a JSON {type(row).__name__}: {_excerpt(line)}. Every line must be one "
+                    f"Line {number} of {path} is a JSON {type(row).__name__}: {excerpt(line)}. Every line must be one "
                     'JSON object, such as {"text": "...", "label": "..."}.'
                 )
             yield number, row
@@ -89,12 +101,12 @@ def _whole_json(path: Path) -> list[Row] | None:
     odd = next((index for index, row in enumerate(rows, start=1) if not isinstance(row, dict)), None)
     if odd is not None:
         raise DataError(
-            f"Row {odd} of {path} is a JSON {type(rows[odd - 1]).__name__}: {_excerpt(str(rows[odd - 1]))}. Every row "
+            f"Row {odd} of {path} is a JSON {type(rows[odd - 1]).__name__}: {excerpt(str(rows[odd - 1]))}. Every row "
             "must be one JSON object."
         )
     return rows
 
 
-def _excerpt(line: str, length: int = 60) -> str:
+def excerpt(line: str, length: int = 60) -> str:
     line = line.strip()
     return line if len(line) <= length else f"{line[:length]}..."

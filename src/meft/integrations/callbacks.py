@@ -6,7 +6,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from meft.errors import DistantStartWarning
 from meft.memory.measurement.timeline import Timeline, peak_bytes, recording_cpu
 from meft.verification.distance import Distance, distance_from_plain, warning_of
 
+Kind = TypeVar("Kind")
 PEAK, DRIFT = "meft_peak_memory_bytes", "meft_drift"
 START_LOSS, START_KL = "meft_start_loss_change", "meft_start_kl"
 
@@ -198,10 +200,24 @@ class MeftCallback(TrainerCallback):
 def _call_first(callback: TrainerCallback, frame: Any) -> None:
     """Moves a callback before the integrations of `report_to`, so that they log what it adds.
 
-    They stand first, each is handed the same logs in turn, and a callback is not told who calls it: its caller is the
-    only way to the list.
+    They stand first, and each is handed the same logs in turn.
     """
-    handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+    handler = caller(frame, CallbackHandler)
+    if handler is not None and callback in handler.callbacks:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
+
+
+def caller(frame: FrameType | None, kind: type[Kind]) -> Kind | None:
+    """The nearest object of a type whose method called: a callback is not told who calls it.
+
+    Args:
+        frame: of the callback's method (`inspect.currentframe()`).
+        kind: the type, as `Trainer`.
+    """
+    while frame is not None:
+        holder = frame.f_locals.get("self")
+        if isinstance(holder, kind):
+            return holder
+        frame = frame.f_back
+    return None
