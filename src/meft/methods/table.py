@@ -169,7 +169,7 @@ _ROWS = (
         "IA3",
         _ia3,
         lambda task, options: f"model = get_peft_model(base, IA3Config(task_type={task}))",
-        {None: 5e-3, _WRITING: 5e-3},
+        {None: 3e-2, _WRITING: 5e-3},
         plain=True,
     ),
     Method(
