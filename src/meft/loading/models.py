@@ -26,6 +26,10 @@ from transformers import (
 
 # Transformers 5.17 exports the name from its root only beside torchvision, which this class can do without.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from meft.errors import (
@@ -217,6 +221,27 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise ConfigError(
             f"The tokenizer knows {len(tokenizer)} tokens and {name} only {embedded}, so they do not belong together. "
             "Give the model's own with --tokenizer_name."
+        )
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration writes texts from left to right."""
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not (masked and getattr(config, "is_decoder", True) is False)
+
+
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuses BERT and its like, which can be loaded as language models and would see what they are to predict.
+
+    Raises:
+        UnsupportedModelError: It is one of these.
+    """
+    masked = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(model.config, "is_decoder", True) is False:
+        raise UnsupportedModelError(
+            f"{name} is a {model.config.model_type}, which reads texts in both directions and so is no language "
+            "model that answers could be scored by. Give a causal one: OPT, GPT-2, Llama, ..."
         )
 
 
