@@ -55,6 +55,10 @@ class BusyFolderError(OutputFolderError):
     """Another process is at work in the output folder right now."""
 
 
+class WriteError(MeftError, OSError):
+    """A file cannot be written: the disk is full or read-only, or the place is not there any more."""
+
+
 class MissingPackageError(MeftError, ImportError):
     """A package that only some commands need is not installed."""
 
@@ -76,9 +80,14 @@ class MaterializedLogitsWarning(MeftWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence; its type where it has none."""
+    """The first line of an error's text, as a sentence; its type where it has none.
+
+    A line that ends in a colon only announces the next.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
     return text if text.endswith(".") else f"{text}."
 
 

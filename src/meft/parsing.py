@@ -27,11 +27,12 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from meft.errors import ConfigError
+from meft.errors import ConfigError, MeftError
 from meft.options import Option
 from meft.options.values import Flag
 
 _BOOL = "tag:yaml.org,2002:bool"
+_NEGATIVE = re.compile(r"-(\d+|\d*\.\d+)")
 # Every --long_name may also be written --long-name, which argparse adds to its messages.
 _ALIAS = re.compile(r"(?<=\w)/--[\w-]+")
 
@@ -168,6 +169,8 @@ def parse_known(
     """As `parse`, with the words that belong to none of the dataclasses as its last element."""
     parser = _parser(tuple(types), command, description)
     words = list(argv)
+    for word in words:
+        _check_unicode(word, "The command line")
     from_file: list[str] = []
     positional = any(field.metadata.get("positional") for kind in types for field in fields(kind))
     if words and not words[0].startswith("-") and not positional:
@@ -179,9 +182,9 @@ def parse_known(
             return_remaining_strings=True,
             look_for_args_file=False,
         )
-    except (ValueError, ImportError) as error:
-        # The Trainer's arguments check one another when they are built.
-        if isinstance(error, ConfigError):
+    except (ValueError, ImportError, TypeError, AttributeError, KeyError, OverflowError, RuntimeError) as error:
+        # The Trainer's arguments check one another when they are built, in part by stumbling over one another.
+        if isinstance(error, MeftError):
             raise
         message = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"{message}. See {parser.prog} --help.") from error
@@ -204,8 +207,12 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{str(path)!r} is no file. Arguments are given as --name value, or in a YAML or JSON file.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply; it must hold lines such as 'method: meft1'.") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; it must hold lines such as 'method: meft1'.")
     return content
@@ -223,15 +230,38 @@ def as_words(values: Mapping[str, Any], types: Sequence[type], source: str) -> l
             name, option, value = off.name, off, (not read) if isinstance(read, bool) else value
         if name not in known:
             raise ConfigError(f"{source} has the unknown key {key!r}.{_suggestion(name, types)}")
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            _check_unicode(str(part), f"{source}, in {name},")
         if value is None:
             continue
         if option is not None and not option.kind.several:
             value = option.write(value)
         if isinstance(value, (list, tuple)):
+            _refuse_names(source, name, value)
             words += [f"--{name}", *map(str, value)] if value else []
         else:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
+
+
+def _check_unicode(word: str, source: str) -> None:
+    """Half a character, which a terminal or a file in another encoding gives, can be neither printed nor saved."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{source} has {word!a}, which is no Unicode: {error.object[error.start]!r} alone is half a character. "
+            "Write it in UTF-8."
+        ) from error
+
+
+def _refuse_names(source: str, name: str, values: Sequence[Any]) -> None:
+    """Words of a list follow one another, so one that looks like another argument would become that argument."""
+    for value in values:
+        if str(value).startswith("-") and not _NEGATIVE.fullmatch(str(value)):
+            raise ConfigError(
+                f"{source} has {value!r} in {name}, which reads as an argument of its own. Leave its hyphen out."
+            )
 
 
 def _suggestion(name: str, types: Sequence[type]) -> str:

@@ -294,7 +294,8 @@ def test_lora_adapters_switched_and_unloaded(order: Callable[..., PeftModel]) ->
     loss = model(**batch).loss
     model.set_adapter("other")
     # PEFT 0.18 keeps what it switches where it is not seen; the rebuilt values tell.
-    told = "state that changed in between" if Version(peft.__version__) >= Version("0.21") else "is not the original"
+    recent = Version(peft.__version__) >= Version("0.21")
+    told = "Layer 2 returned other values in the recomputation" if recent else "is not the original"
     with pytest.raises(ReconstructionError, match=told):
         loss.backward()
     base = model.unload()

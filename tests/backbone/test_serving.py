@@ -34,11 +34,20 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=models.VOCABULARY, **sizes, **tokens))
 
 
+def enlarged(model: nn.Module) -> nn.Module:
+    """Makes answers depend on prompts more than they do with weights as they are initialised."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
 BASES: dict[str, Any] = {
     "llama": lambda: llama(pad_token_id=models.PAD, eos_token_id=models.END, initializer_range=0.2),
     "gpt2": gpt2,
-    # Of some random weights, every prompt gets the same answer.
-    "bart": lambda: models.build("bart", "SEQ_2_SEQ_LM", layers=3, seed=4),
+    # Of most random weights, every prompt gets the same answer.
+    "bart": lambda: enlarged(models.build("bart", "SEQ_2_SEQ_LM", layers=3, seed=6)),
     "t5": t5,
 }
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "bart": ["q_proj", "fc2"], "t5": ["q", "wo"]}

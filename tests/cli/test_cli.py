@@ -91,7 +91,7 @@ def test_traceback_on_request(words: list[str], tmp_path: Path, monkeypatch: pyt
     ("problem", "code", "message"),
     [
         (ReconstructionError("streams differ"), 1, "Error: streams differ\n"),
-        (OSError(28, "No space left on device"), 1, "Error: [Errno 28] No space left on device\n"),
+        (OSError(28, "No space left on device"), 1, "Error: No space left on device.\n"),
         (KeyboardInterrupt(), 130, "Error: Interrupted. The same command goes on from the newest checkpoint.\n"),
     ],
 )

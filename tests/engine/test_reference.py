@@ -306,16 +306,19 @@ def test_the_adapter_has_the_activation_and_the_dropout_of_the_model(name: str) 
 
 
 @pytest.mark.parametrize("coupling", [*COUPLINGS, "adapter"])
-def test_frozen_layers_run_as_pretrained_and_without_gradients(coupling: str) -> None:
+def test_frozen_layers_run_as_pretrained_and_pass_gradients_to_what_lies_below(coupling: str) -> None:
+    """Their own weights and adapters get none; an embedding or a prompt below them does."""
     layers = stack("bert", layers=4)
     x, kwargs = inputs("bert")
     x.requires_grad_()
     parts = with_adapters(layers)
-    hidden = coupled_hidden(parts, x, coupling=coupling, layer_kwargs=kwargs, frozen_layers=2, cached_layers=1)
     below = plain(layers[:2], x, kwargs)
-    assert torch.equal(hidden, coupled_hidden(parts[2:], below, coupling=coupling, layer_kwargs=kwargs))
-    hidden.sum().backward()
-    assert x.grad is None
+    above = coupled_hidden(parts[2:], below, coupling=coupling, layer_kwargs=kwargs)
+    (expected,) = torch.autograd.grad(above.square().sum(), x)
+    hidden = coupled_hidden(parts, x, coupling=coupling, layer_kwargs=kwargs, frozen_layers=2, cached_layers=1)
+    assert torch.equal(hidden, above)
+    hidden.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
     assert all(p.grad is None for part in parts[:2] for p in (*part.layer.parameters(), *part.f.down.parameters()))
     assert parts[2].f.up.weight.grad is not None
     everything_frozen = coupled_hidden(parts, x, coupling=coupling, layer_kwargs=kwargs, frozen_layers=4)

@@ -138,7 +138,7 @@ def test_tiles_rebuild_what_cached_tiles_keep(
     assert calls == once + once and set(blocks[0].calls) == {10}
 
 
-@pytest.mark.parametrize("coupling, options", [("momentum", {"granularity": "block"}), ("meft3", {})])
+@pytest.mark.parametrize("coupling, options", [("momentum", {"granularity": "block", "gamma": 1 / 4}), ("meft3", {})])
 def test_tiles_change_nothing_but_the_order_of_sums(
     blocks: list[Block], hidden: Tensor, coupling: str, options: dict[str, Any]
 ) -> None:

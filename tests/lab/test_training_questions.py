@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meft.errors import CheckpointError, ConfigError, DataError, MissingPackageError, UnsupportedModelError
 from meft.training import kinds
+from meft_lab.kinds.questions import MultipleChoice
 from support.tiny import WORDS, evaluate, make_language_model, make_model, make_rte, sentence, train
 
 pytest.importorskip("lm_eval")
@@ -128,7 +129,7 @@ def test_batches_are_padded_on_the_right_without_a_loss(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [{"input_ids": [0, 5, 6], "attention_mask": [1] * 3, "labels": [-100, -100, 6]},
             {"input_ids": [0, 7], "attention_mask": [1] * 2, "labels": [-100, 7]}]  # fmt: skip
-    batch = kinds.MultipleChoice().collator(tokenizer)(rows)
+    batch = MultipleChoice().collator(tokenizer)(rows)
     assert batch["input_ids"].tolist() == [[0, 5, 6], [0, 7, tokenizer.pad_token_id]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 7, -100]]
@@ -164,7 +165,7 @@ def test_scoring_during_training_does_not_change_it(
     words = ["--method=meft1", *STEPS, "--eval_strategy=steps", "--eval_steps=1"]
     train(model, arc, tmp_path / "with", *words)
     monkeypatch.setattr(kinds.TaskKind, "scorer", lambda *_, **__: None)
-    monkeypatch.delattr(kinds.MultipleChoice, "scorer")
+    monkeypatch.delattr(MultipleChoice, "scorer")
     found = train(model, arc, tmp_path / "without", *words)
     assert found["metrics"].keys() == {"loss"}
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without"))
@@ -258,7 +259,7 @@ class TestBadInput:
         monkeypatch.setattr(
             sys.modules["meft_lab.tasks.harness"], "find_spec", lambda name: None if name == "lm_eval" else found(name)
         )
-        with pytest.raises(MissingPackageError, match=r'lm-eval, which is not installed. .* pip install "meft\[qa\]"'):
+        with pytest.raises(MissingPackageError, match=r'lm-eval, which is not installed. .* pip install "meft\[lab\]"'):
             train(model, arc, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

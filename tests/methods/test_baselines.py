@@ -101,7 +101,9 @@ def test_ia3_takes_the_modules_of_peft_where_peft_knows_them_all() -> None:
 @pytest.mark.parametrize("config", [MIXTRAL, EXPERTS])
 def test_ia3_refuses_feed_forwards_without_linear_layers(config: PretrainedConfig) -> None:
     """PEFT's table knows the experts of Mixtral by a name that they no longer have."""
-    message = r"Method 'ia3' .* but the second linear layer of the feed-forward of model\.layers\.0, a \w+, was not fou"
+    message = (
+        r"Method 'ia3' .* but the second linear layer of the feed-forward of model\.layers\.0 of \w+, a \w+, was not"
+    )
     with pytest.raises(UnsupportedModelError, match=message):
         apply_method(classifier(config), "ia3", task_type="SEQ_CLS")
 
@@ -110,7 +112,7 @@ def test_ia3_refuses_an_attention_without_keys_and_values() -> None:
     model = classifier(XLMR)
     model.roberta.encoder.layer[1].attention.self.value = nn.Identity()
     with pytest.raises(
-        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1 of RobertaM"
+        UnsupportedModelError, match=r"projections to keys and values of roberta\.encoder\.layer\.1 of XLMRobertaM"
     ):
         apply_method(model, "ia3", task_type="SEQ_CLS")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import meft
+from meft.backbone.discovery import find_stacks
 from support import models
 
 COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
@@ -87,6 +88,18 @@ def outputs(model: nn.Module, batch: Mapping[str, Any], seed: int = 1) -> Tensor
     torch.manual_seed(seed)
     with torch.no_grad():
         return visible(model(**batch))
+
+
+def unread(model: nn.Module) -> set[str]:
+    """Weights of MEFT adapters that add to a stream that nothing reads: the output rule leaves it out, at the top."""
+    found = set()
+    for stack in find_stacks(model):
+        placement = stack.layers[stack.order[-1]].placement() if isinstance(stack.layers[-1], meft.MeftLayer) else None
+        coupling = None if placement is None else placement.reversible_stack.plan.coupling
+        for function in () if coupling is None else coupling.unread():
+            start = f"{stack.name}.{stack.order[-1]}.meft_{function.lower()}_"
+            found |= {name for name, _ in model.named_parameters() if name.startswith(start)}
+    return found
 
 
 def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

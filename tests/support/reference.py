@@ -325,6 +325,18 @@ def inverse_streams(
     return out1, out2
 
 
+def _fixed(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """A frozen layer: gradients pass through it, and its weights get none."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        return whole_layer(layer, hidden, None, kwargs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def coupled_hidden(
     parts: Sequence[Coupled],
     hidden: Tensor,
@@ -362,7 +374,7 @@ def coupled_hidden(
     walk = _drawing(parts) if loop_draws else iter(parts)
     reversible = parts[frozen_layers:]
     for part in islice(walk, frozen_layers):
-        hidden = whole_layer(part.layer, hidden, None, kwargs)
+        hidden = _fixed(part.layer, hidden, kwargs)
     if coupling == "adapter":
         for part in walk:
             hidden = adapted_layer(part.layer, hidden, part, kwargs)

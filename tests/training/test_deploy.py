@@ -71,7 +71,7 @@ def test_random_signs_are_drawn_in_the_loss_as_trained() -> None:
     # Of 1/4 the same draws as for the model's own gamma; the sign of a small one matters less.
     assert report.deployment.by_gamma["1/4"] == report.deployment.trained
     change = {name: abs(loss - report.deployment.deployed) for name, loss in report.deployment.by_gamma.items()}
-    assert change["1/32"] < 0.1 * change["1/2"]
+    assert change["1/32"] < 0.2 * change["1/2"]
 
 
 @pytest.mark.parametrize("coupling", ["meft1", "meft2", "meft3"])

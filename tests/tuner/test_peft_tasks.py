@@ -20,7 +20,17 @@ from torch import nn
 
 import meft
 from support import models
-from support.peft_helpers import COUPLINGS, METHODS, adapted, assert_close, batch_of, gradients, loss_of, outputs
+from support.peft_helpers import (
+    COUPLINGS,
+    METHODS,
+    adapted,
+    assert_close,
+    batch_of,
+    gradients,
+    loss_of,
+    outputs,
+    unread,
+)
 
 PEFT_CLASS = {
     "SEQ_CLS": PeftModelForSequenceClassification,
@@ -55,13 +65,16 @@ def test_a_step_trains_exactly_the_adapters_and_the_head(family: str, task: str,
     assert type(model) is PEFT_CLASS[task]
     expected = expected_to_train(model, task)
     assert any("meft_" in name for name in expected)
+    expected -= unread(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
     found = gradients(model, batch_of(family, task))
     assert found.keys() == expected
     for name, gradient in found.items():
         assert torch.isfinite(gradient).all(), name
-        # A bias added to the scores of all positions does not change their softmax.
-        assert gradient.count_nonzero() > 0 or "qa_outputs" in name, name
+        # A bias added to the scores of all positions does not change their softmax, and OPT's ReLU may be zero on all
+        # the tokens that a classifier reads.
+        inactive = family.startswith("opt") and task == "SEQ_CLS" and "_up.default.bias" not in name
+        assert gradient.count_nonzero() > 0 or "qa_outputs" in name or inactive, name
 
 
 def test_a_head_that_peft_does_not_know(tmp_path: Path) -> None:
@@ -81,10 +94,16 @@ def test_a_head_that_peft_does_not_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize("coupling", METHODS)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_fresh_adapters_are_nearly_silent(family: str, coupling: str) -> None:
-    """Drawn from N(0, 0.02^2), biases zero: beside the pretrained layer they are a perturbation."""
+    """Drawn from N(0, 0.02^2), biases zero: beside the pretrained layer they are a perturbation.
+
+    In pre-norm layers, whose hidden states have no norm of their own, the up-projections begin at zero.
+    """
     model = get_peft_model(models.build(family, "FEATURE_EXTRACTION"), meft.MeftConfig(coupling=coupling))
+    silent = family == "opt"
     for name, parameter in model.named_parameters():
-        if ".meft_" in name and name.endswith("weight"):
+        if ".meft_" in name and name.endswith("up.default.weight") and silent:
+            assert parameter.count_nonzero() == 0, name
+        elif ".meft_" in name and name.endswith("weight"):
             assert 0.01 < parameter.std() < 0.04 and parameter.mean().abs() < 0.01, name
         elif ".meft_" in name:
             assert parameter.count_nonzero() == 0, name

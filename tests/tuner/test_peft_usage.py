@@ -44,7 +44,7 @@ def test_counts_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("coupling", "adapters"), [("meft1", 2), ("meft2", 2), ("meft3", 2), ("momentum", 1), ("adapter", 2)]
+    ("coupling", "adapters"), [("meft1", 2), ("meft2", 2), ("meft3", 2), ("momentum", 2), ("adapter", 2)]
 )
 def test_number_of_adapters_a_layer(coupling: str, adapters: int) -> None:
     model = adapted("bart", coupling, frozen_layers=1, cached_layers=1)

@@ -26,6 +26,7 @@ from .discovery import Stack, check_module, find_stacks, post_norm, pretrained_o
 from .layers import ReversibleLayer
 from .plan import Plan
 from .recording import install_recording
+from .refusal import as_it_was_if_refused
 from .report import found_in
 from .stack import ReversibleStack
 
@@ -64,20 +65,21 @@ def make_reversible(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     plan = Plan.make(**planned, post_norm=post_norm(taken))
     for stack in taken:
         _refuse_reversible(stack, plan)
-    reversible_stacks = [stack.reversible_stack(plan) for stack in taken]
-    install_recording(model)
-    name_units(model, taken, reversible_stacks[0], ReversibleLayer.__name__)
-    prepare_stacks(model, list(zip(taken, reversible_stacks, strict=True)))
-    for stack, reversible_stack in zip(taken, reversible_stacks, strict=True):
-        wrapped = [index for index, layer in enumerate(stack.layers) if is_wrapped(layer)]
-        if wrapped:
-            warn_dropped([reversible_stack.layer_name(index) for index in wrapped], stack.layers[wrapped[0]])
-        _freeze(stack, reversible_stack)
-        for index, layer in enumerate(stack.layers):
-            stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
-    if options["fused_loss"]:
-        reversible_stacks[0].changes.extend(attach(model))
-        reversible_stacks[0].heads.extend(heads(model))
+    with as_it_was_if_refused(model):
+        reversible_stacks = [stack.reversible_stack(plan) for stack in taken]
+        install_recording(model)
+        name_units(model, taken, reversible_stacks[0], ReversibleLayer.__name__)
+        prepare_stacks(model, list(zip(taken, reversible_stacks, strict=True)))
+        for stack, reversible_stack in zip(taken, reversible_stacks, strict=True):
+            wrapped = [index for index, layer in enumerate(stack.layers) if is_wrapped(layer)]
+            if wrapped:
+                warn_dropped([reversible_stack.layer_name(index) for index in wrapped], stack.layers[wrapped[0]])
+            _freeze(stack, reversible_stack)
+            for index, layer in enumerate(stack.layers):
+                stack.layers[index] = ReversibleLayer(layer, reversible_stack, index)
+        if options["fused_loss"]:
+            reversible_stacks[0].changes.extend(attach(model))
+            reversible_stacks[0].heads.extend(heads(model))
     logger.info(str(found_in(model)))
     return model
 

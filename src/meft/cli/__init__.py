@@ -20,6 +20,7 @@ from meft.errors import (
     MissingPackageError,
     OutputFolderError,
     UnsupportedModelError,
+    first_line,
 )
 
 from .commands import all_commands
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _quiet_libraries()
     try:
         sys.exit(all_commands().run(words, shlex.join(["meft", *words])))
-    except (MeftError, OSError) as error:
+    except MeftError as error:
         if show_traceback:
             raise
         _complain(error)
@@ -51,12 +52,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InterruptedRunError:
         _complain("Interrupted. The same command goes on from the newest checkpoint.")
         sys.exit(130)
+    except Exception as error:
+        if show_traceback:
+            raise
+        _complain(_unforeseen(error))
+        sys.exit(1)
+
+
+def _unforeseen(error: Exception) -> str:
+    """A sentence about an error that is none of meft's own."""
+    said = first_line(error)
+    if isinstance(error, ImportError):
+        return f"{said} Install it, or leave out the option that needs it."
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}."
+    return f"{type(error).__name__}: {said} Run the same command with --traceback to see where it came from."
 
 
 def _complain(problem: Any) -> None:
     console = Console(stderr=True, highlight=False)
     console.print("Error: ", style="bold red", end="")
-    console.print(str(problem), markup=False, soft_wrap=True)
+    # Texts of others may hold what a terminal cannot show.
+    text = str(problem).encode("utf-8", "backslashreplace").decode()
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from meft.methods.arguments import OptionArguments
 from meft.methods.registry import COMPARED, NAMED, own_options, read_way
 from meft.parsing import option
 from meft.storage.files import write_json
+from meft.storage.outputs import check_output_file
 from meft.storage.results import format_bytes, provenance
 
 ALL = "all"
@@ -88,8 +89,8 @@ def estimate_command(arguments: EstimateArguments, method_options: OptionArgumen
         read_way(name)
     if budget is not None:
         parse_size(budget)
-    if json is not None and not Path(json).resolve().parent.is_dir():
-        raise ConfigError(f"The folder of {json!r} does not exist. Create it, or choose another.")
+    if json is not None:
+        check_output_file("json", json)
     found: list[MemoryEstimate] = []
     failed: dict[str, Failure] = {}
     with _progress(names) as report:

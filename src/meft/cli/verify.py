@@ -27,6 +27,7 @@ from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_
 from meft.parsing import option, parse
 from meft.storage.figures import check_figure_path
 from meft.storage.files import write_json
+from meft.storage.outputs import check_output_file
 from meft.storage.results import provenance
 from meft.tuner.peft_type import MEFT
 from meft.verification import VerifyReport, verify
@@ -74,8 +75,8 @@ class VerifyArguments:
         check_integer("seq_length", self.seq_length, 2)
         if self.figure is not None:
             check_figure_path(self.figure)
-        if self.json is not None and not Path(self.json).resolve().parent.is_dir():
-            raise ConfigError(f"The folder of {self.json!r} does not exist. Create it, or choose another.")
+        if self.json is not None:
+            check_output_file("json", self.json)
 
 
 def verify_command(argv: Sequence[str], *, command: str = "", description: str | None = None) -> int:

@@ -202,6 +202,17 @@ class Coupling:
         older, newest = self.output
         return (newest, older) if self.newest == 0 else (older, newest)
 
+    def unread(self) -> set[str]:
+        """Functions that the highest layer runs for a stream that the output rule leaves out."""
+        found: set[str] = set()
+        weights = list(self.switched(self.weights()))
+        for step in reversed(self.steps):
+            if weights[step.target]:
+                weights[step.source] = 1.0
+            else:
+                found.add(step.function)
+        return found
+
     def read(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Applies the output rule to the two streams as hidden states."""
         w1, w2 = self.weights()

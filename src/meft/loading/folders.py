@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from meft.errors import CheckpointError, ConfigError, MeftError, first_line
+from meft.storage.claims import check_model_folder, read_object, require
 from meft.storage.files import check_safetensors, check_weights
 
 from .models import loading, read_model
@@ -67,14 +68,25 @@ def adapter_config(folder: Path, *task_types: str | None) -> PeftConfig:
     Raises:
         CheckpointError: it cannot be read, or was trained for another type of task.
     """
+    path = folder / CONFIG_NAME
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except MeftError:
+        kind = read_object(path, {"peft_type": str})["peft_type"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read: {error} Copy the adapter again.") from error
+    check_model_folder(folder)
+    chosen = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if chosen is None:
+        known = ", ".join(sorted(PeftType(name).value for name in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise CheckpointError(f"{path} is of peft_type {kind!r}, which is none of {known}. Copy the adapter again.")
+    try:
+        config = chosen.from_pretrained(str(folder))
+    except CheckpointError:
         raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} cannot be read: {first_line(error)} Copy the adapter again."
-        ) from error
+    except Exception as error:  # PEFT's configurations do not check the types of what they are given
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)} Copy the adapter again.") from error
+    for name in ("base_model_name_or_path", "task_type", "revision"):
+        require(path, name, getattr(config, name, None), (str, type(None)))
+    require(path, "auto_mapping", config.auto_mapping, (dict, type(None)))
     if task_types and config.task_type not in task_types:
         raise CheckpointError(
             f"The adapter in {folder} was trained for {config.task_type}; this task takes adapters for "
@@ -202,6 +214,14 @@ def _class_for(config: PeftConfig) -> Any:
     """The class of the base model: that of the adapter's task, or the one that PEFT noted where there is no task."""
     task = str(config.task_type or "").removeprefix("TaskType.")
     noted = config.auto_mapping or {}
-    if not task and noted.get("parent_library", "").partition(".")[0] == "transformers":
-        return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
-    return TASK_MODELS.get(task)
+    if task:
+        return TASK_MODELS.get(task)
+    # The folder does not choose what is imported: only models of Transformers are looked up.
+    place, name = str(noted.get("parent_library")), str(noted.get("base_model_class"))
+    if not place.startswith("transformers.models."):
+        return None
+    try:
+        found = getattr(importlib.import_module(place), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

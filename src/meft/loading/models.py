@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -27,13 +28,28 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from meft.errors import CheckpointError, ConfigError, MeftError, UnsupportedModelError, first_line
+from meft.errors import (
+    CheckpointError,
+    ConfigError,
+    MeftError,
+    MissingPackageError,
+    UnsupportedModelError,
+    first_line,
+)
+from meft.storage.claims import check_model_folder, read_object
 from meft.storage.files import check_weights
 
 from .arguments import ModelArguments
 
 # Names on the hub have one slash at most and begin with a letter or a digit.
 _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 100_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "vocab_size": 100_000_000,
+}
 # Tokenizers that know no limit report a number beyond any model's.
 _NO_LIMIT = 10**6
 
@@ -55,8 +71,15 @@ def read_config(name: str, what: str | None = None, **options: Any) -> Pretraine
         CheckpointError: There is no such folder, or its configuration cannot be read.
         UnsupportedModelError: Transformers does not know the model.
     """
+    trusted = _says_whether_trusted(options)
+    place = Path(name)
+    if place.is_file():
+        read_object(place)
+    check_model_folder(place, trusted=trusted)
     with loading(name, what):
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+    _check_sizes(config, name)
+    return config
 
 
 def read_model(
@@ -78,15 +101,41 @@ def read_model(
         UnsupportedModelError: There is no such model with that head.
     """
     check_place(name)
+    check_model_folder(Path(name), trusted=_says_whether_trusted(options))
     check_weights(Path(name))
     with loading(name, what):
         if auto_model is None:
             hub = {key: options[key] for key in ("cache_dir", "revision", "trust_remote_code") if key in options}
-            saved = (AutoConfig.from_pretrained(name, **hub).architectures or ["AutoModel"])[0]
-            auto_model = getattr(transformers, saved, AutoModel)
+            config = AutoConfig.from_pretrained(name, **hub)
+            _check_sizes(config, name)
+            auto_model = _class_of(config)
         options = {"use_safetensors": True, **options}
         model, info = auto_model.from_pretrained(name, output_loading_info=True, **options)
     return model, _new_modules(model, info)
+
+
+def _check_sizes(config: PretrainedConfig, name: str) -> None:
+    """Refuses sizes that no model has, which would be built for hours before anybody stumbles over them."""
+    for size, most in _SIZES.items():
+        value = getattr(config, size, None)
+        if (isinstance(value, int) and not 0 <= value <= most) or isinstance(value, str | float | dict):
+            raise CheckpointError(
+                f"The configuration of {name} has {size}={value!r}; it must be an integer from 0 to {most}. Copy or "
+                "download it again."
+            )
+
+
+def _says_whether_trusted(options: dict[str, Any]) -> bool:
+    """Whether the call lets code run that comes with a model; left open, Transformers would ask at the terminal."""
+    return bool(options.setdefault("trust_remote_code", False))
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    """The class that a model was saved from, where that is a model of Transformers."""
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
 def check_place(name: str) -> None:
@@ -110,8 +159,15 @@ def load_config(arguments: ModelArguments, name: str, what: str | None = None) -
 
 def load_tokenizer(arguments: ModelArguments, name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with a padding token: the end token where it has none of its own."""
-    with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **arguments.hub())
+    chosen = arguments.tokenizer_name or name
+    check_model_folder(Path(chosen), trusted=arguments.trust_remote_code)
+    with loading(chosen):
+        tokenizer = AutoTokenizer.from_pretrained(chosen, **arguments.hub())
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"The tokenizer of {chosen} has model_max_length={tokenizer.model_max_length!r}, which is no number. Mend "
+            "its tokenizer_config.json or copy it again."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UnsupportedModelError(
@@ -129,6 +185,7 @@ def load_image_processor(arguments: ModelArguments, name: str) -> BaseImageProce
         CheckpointError: The model has none.
         UnsupportedModelError: There is no such image processor without torchvision.
     """
+    check_model_folder(Path(name), trusted=arguments.trust_remote_code)
     with loading(name, "images"):
         return AutoImageProcessor.from_pretrained(name, backend="pil", **arguments.hub())
 
@@ -249,16 +306,30 @@ def loading(name: str, what: str | None = None) -> Iterator[None]:
         raise CheckpointError(f"{name} could not be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
-            raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(f"{name} could not be loaded: {_with_type(error)}") from error
         raise CheckpointError(
             f"The weights of {name} do not have the sizes of the model: {first_line(error)} For a task head that was "
             "trained on another number of labels give --ignore_mismatched_sizes."
         ) from error
-    except (ValueError, KeyError) as error:
-        kind = f"model for {what}" if what else "model"
-        raise UnsupportedModelError(
-            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {first_line(error)}"
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} needs a package that is not installed: {first_line(error)} Install it, or give another model."
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # What a folder says may make a library stumble anywhere. Tokenizers raise Exception itself.
+        kind = f"model for {what}" if what else "model"
+        said = first_line(error) if isinstance(error, ValueError | KeyError) else _with_type(error)
+        raise UnsupportedModelError(
+            f"{name} is no {kind} that Transformers {transformers.__version__} can load: {said}"
+        ) from error
+
+
+def _with_type(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _new_modules(model: nn.Module, info: Any) -> list[str]:

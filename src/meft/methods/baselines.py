@@ -20,10 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from meft.backbone.architectures import feed_forward_of
 from meft.backbone.conversion import find_stacks
 from meft.backbone.discovery import Stack
-from meft.errors import ConfigError, UnsupportedModelError
+from meft.errors import UnsupportedModelError
+from meft.tuner.saved_modules import HEADS_OF_TASKS, check_modules_to_save
 
-# What PEFT trains in full of its own accord, by task type; BitFit, which PEFT does not have, does the same.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # Parts of the names of projections to keys and values, alone or fused with others: k_proj, kv_b_proj, query_key_value.
 _KEYS, _VALUES = {"k", "key", "keys", "wk"}, {"v", "value", "values", "wv"}
 _BOTH = {"kv", "qkv", "wqkv"}
@@ -84,13 +83,9 @@ def train_biases(
         UnsupportedModelError: The model has no biases.
     """
     names = {name for name, _ in model.named_modules()}
-    for name in modules_to_save or ():
-        if not any(_ends_with(known, name) for known in names):
-            raise ConfigError(
-                f"modules_to_save names {name!r}, but {type(model).__name__} has no such module. Its modules are "
-                f"{', '.join(child for child, _ in model.named_children())} and what lies in them."
-            )
-    ends = (*_HEADS.get(task_type or "", ()), *(modules_to_save or ()))
+    check_modules_to_save(model, modules_to_save, task_type)
+    # PEFT, which does not have this method, would train the same heads.
+    ends = (*HEADS_OF_TASKS.get(task_type or "", ()), *(modules_to_save or ()))
     heads = {name for name in names if any(_ends_with(name, end) for end in ends)}
     biases = 0
     for name, parameter in model.named_parameters():

@@ -13,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from meft.backbone.conversion import layer_drop_unsaid, make_reversible, restore
+from meft.backbone.refusal import as_it_was_if_refused
 from meft.engine.couplings import COUPLINGS
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.options import FUNCTION, METHOD, UNSET, Option, options_of
+from meft.tuner.saved_modules import check_modules_to_save
 
 from .table import METHODS, PLAIN_METHODS, Method, MethodOptions, as_code
 
@@ -111,15 +113,17 @@ class Way:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no gradient checkpointing. Choose another method than {self.name}."
             )
-        if self.under is not None:
-            # Tried first, so that a refusal leaves the model as it was, without adapters.
-            with layer_drop_unsaid():
-                restore(make_reversible(model, coupling=self.under, **coupling))
-        trained = self.method.make(model, task_type, MethodOptions(**own))
-        if self.around == CHECKPOINTING:
-            getattr(model, _CHECKPOINT)({"use_reentrant": False})
-        if self.under is not None:
-            make_reversible(trained, coupling=self.under, **coupling)
+        check_modules_to_save(model, own.get("modules_to_save"), task_type)
+        with as_it_was_if_refused(model):
+            if self.under is not None:
+                # Tried first, so that what is refused has the names that the model has without adapters.
+                with layer_drop_unsaid():
+                    restore(make_reversible(model, coupling=self.under, **coupling))
+            trained = self.method.make(model, task_type, MethodOptions(**own))
+            if self.around == CHECKPOINTING:
+                getattr(model, _CHECKPOINT)({"use_reentrant": False})
+            if self.under is not None:
+                make_reversible(trained, coupling=self.under, **coupling)
         return trained
 
     def surroundings(self) -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from .table import (
     options_of,
     plan_options,
 )
-from .values import check_choice, check_integer
+from .values import check_choice, check_integer, shown
 
 __all__ = [
     "ADAPTER_ONLY",
@@ -43,4 +43,5 @@ __all__ = [
     "options_of",
     "plan_options",
     "reference_page",
+    "shown",
 ]

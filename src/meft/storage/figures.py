@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from meft.errors import ConfigError, MissingPackageError
 
+from .outputs import check_output_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -69,6 +71,4 @@ def check_figure_path(path: str | os.PathLike[str]) -> Path:
             f"{str(path)!r} does not say what kind of figure to write. Valid endings: "
             f"{', '.join('.' + name for name in FORMATS)}. Use one of these."
         )
-    if not place.parent.is_dir():
-        raise ConfigError(f"The folder of {str(path)!r} does not exist. Create it, or choose another.")
-    return place
+    return check_output_file("figure", place)

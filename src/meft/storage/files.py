@@ -15,7 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from meft.errors import CheckpointError, MeftError
+from meft.errors import CheckpointError, MeftError, OutputFolderError
+
+from .claims import read_json as read_json
+from .manifest import check_weights_as_written
+from .outputs import writing
 
 STAGING_PREFIX = ".saving-"
 DISCARD_PREFIX = ".removing-"
@@ -24,10 +28,15 @@ DISCARD_PREFIX = ".removing-"
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     beside = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    os.replace(beside, path)
-    _sync(path.parent)
+    with writing(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            _sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,18 +51,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of `meft`'s own.
-
-    Raises:
-        CheckpointError: The file is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). It was damaged after it was written.") from error
 
 
 def is_kind(path: Path, kind: str) -> bool:
@@ -95,6 +92,27 @@ def publish_folder(staging: Path, place: Path) -> None:
     _sync(place.parent)
 
 
+def publish_new_folder(staging: Path, place: Path) -> None:
+    """Renames a written folder to `place`, which is not there or empty.
+
+    Raises:
+        OutputFolderError: Somebody else has filled it meanwhile; what they wrote stays.
+    """
+    _sync_tree(staging)
+    try:
+        if os.name == "nt" and place.is_dir():
+            place.rmdir()
+        os.rename(staging, place)
+    except OSError as error:
+        if place.is_dir() and any(place.iterdir()):
+            raise OutputFolderError(
+                f"output_dir is {str(place)!r}, which another process has written to meanwhile. What it wrote was not "
+                "changed. Choose another folder."
+            ) from error
+        raise
+    _sync(place.parent)
+
+
 def publish_files(staging: Path, folder: Path, last: tuple[str, ...]) -> None:
     """Renames the files of `staging` into `folder`, the names in `last` after all others.
 
@@ -118,11 +136,13 @@ def check_weights(folder: Path) -> None:
     """Looks at the weights of a model or an adapter before they are loaded.
 
     Raises:
-        CheckpointError: A safetensors file is not whole, or there are pickled weights only.
+        CheckpointError: A safetensors file is not whole or, in a checkpoint, not as it was written; or there are
+            pickled weights only.
     """
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     for path in found:
         check_safetensors(path)
+    check_weights_as_written(folder)
     pickled = [path.name for ending in _PICKLED for path in sorted(folder.glob(ending))] if not found else []
     if pickled:
         raise CheckpointError(

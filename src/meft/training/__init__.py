@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,23 @@ from meft.loading.arguments import ModelArguments
 from meft.methods.registry import count_parameters
 from meft.storage import results
 from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
+from meft.storage.outputs import writing
 from meft.verification.deployment import uncoupled
 
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
-from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining
-from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
+from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining, forget_measurements
+from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete, setting_up
 from .costs import StepCosts
-from .data.base import TaskSpec
 from .kinds.base import Say, say_nothing
-from .preparation import TASK_FILE, Prepared, prepare_training, trained_record
-from .runs import RESULTS_FILE, begun_with, claimed, inspect_folder, settings_of
+from .preparation import Prepared, prepare_training
+from .recorded import TASK_FILE, trained_record, write_record
+from .runs import RESULTS_FILE, begun_with, check_rows, claimed, gone_on_with, inspect_folder, settings_of
 from .selection import EarlyStopping, check_early_stopping, check_metric
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 # A folder without its configuration loads as nothing, so that is published after the weights.
 _PUBLISHED_LAST = ("config.json", ADAPTER_CONFIG_NAME)
-_EVALUATED_ALIKE = {
-    ModelArguments: {"config_name", "revision", "trust_remote_code", "dtype", "attn_implementation"},
-    DataArguments: {field.name for field in fields(DataArguments)}
-    - {"labels", "num_labels", "max_train_samples", "preprocessing_num_workers", "augment"},
-    TrainerArguments: {"per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"},
-}
-_PATHS = {"data_dir", "train_file", "validation_file", "test_file", "config_name"}
 
 
 def train(
@@ -92,34 +86,42 @@ def train(
         say=say,
         settings=begun_with(folder, meft_arguments.method) if state == "resume" else None,
     )
+    if state == "resume":
+        sources = _sources(data_arguments)
+        state = check_rows(folder, prepared.digests, sources, overwrite=run_arguments.overwrite_run)
+    changed = gone_on_with(folder, arguments) if state == "resume" else []
     settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
-    record = _task_record(prepared.spec, model_arguments, data_arguments, trainer_arguments)
     assert prepared.way is not None
-    record["trained"] = trained_record(prepared.way, settings)
+    trained = trained_record(prepared.way, settings)
+    record = write_record(list(prepared.spec.labels), model_arguments, data_arguments, trainer_arguments, trained)
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
         run = {}
         if trainer_arguments.should_save:
-            run = stack.enter_context(claimed(folder, state, arguments, command, settings))
+            run = stack.enter_context(claimed(folder, state, arguments, command, settings, prepared.digests))
             remove_leftovers(folder)
         _wait_for_others(trainer_arguments)
+        start = _checkpoint(folder, trainer_arguments, say)
+        if changed:
+            say(f"{'Beginning anew' if start is None else f'Going on from {start.name}'} with: {'; '.join(changed)}.")
+            forget_measurements(folder, trainer_arguments, begun=start is not None)
         steps = run_arguments.measure_steps
         costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
-        start = _checkpoint(folder, trainer_arguments, say)
         distance = StartBeforeTraining(folder, trainer_arguments, say)
 
         def before_training(model: nn.Module) -> None:
             costs(model)
             distance(model, resumed=start is not None)
 
-        trainer = build_trainer(
-            prepared,
-            trainer_arguments,
-            patience=run_arguments.early_stopping_patience,
-            before_training=before_training,
-            extra_files=lambda place: write_json(place / TASK_FILE, record),
-        )
+        with setting_up():
+            trainer = build_trainer(
+                prepared,
+                trainer_arguments,
+                patience=run_arguments.early_stopping_patience,
+                before_training=before_training,
+                extra_files=lambda place: write_json(place / TASK_FILE, record),
+            )
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state
@@ -151,6 +153,12 @@ def train(
         if trainer_arguments.should_save:
             write_json(folder / RESULTS_FILE, found)
     return found
+
+
+def _sources(data: DataArguments) -> dict[str, str]:
+    """Where the rows of each split come from, in words."""
+    place = f"{data.task} of {data.data_dir or 'the hub'}"
+    return {split: getattr(data, f"{split}_file") or place for split in ("train", "validation", "test")}
 
 
 def build_trainer(
@@ -223,7 +231,8 @@ def _checkpoint(folder: Path, arguments: TrainerArguments, say: Say) -> Path | N
 def _save_final(trainer: CheckpointingTrainer, prepared: Prepared, folder: Path, record: Mapping[str, Any]) -> None:
     if not trainer.args.should_save:
         return
-    with staged(folder, "final") as staging:
+    advice = "Make room, and the same command goes on from the newest checkpoint."
+    with writing(folder, advice), staged(folder, "final") as staging:
         trainer.save_model(str(staging))
         (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; results.json has the arguments
         prepared.processor.save_pretrained(staging)
@@ -255,16 +264,3 @@ def _figures(
         "skipped_rows": dict(prepared.skipped),
         "rows": {split: len(rows) for split, rows in prepared.splits.items()},
     }
-
-
-def _task_record(
-    spec: TaskSpec, model: ModelArguments, data: DataArguments, trainer: TrainerArguments
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for given in (model, data, trainer):
-        values = {name: getattr(given, name) for name in sorted(_EVALUATED_ALIKE[type(given)])}
-        arguments |= {name: value for name, value in values.items() if value is not None}
-    for name in _PATHS & arguments.keys():
-        path = Path(arguments[name])
-        arguments[name] = str(path.resolve()) if path.exists() else arguments[name]
-    return {"labels": list(spec.labels), "arguments": arguments}

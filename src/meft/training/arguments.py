@@ -13,6 +13,7 @@ from meft.methods.arguments import MeftArguments
 from meft.parsing import as_words, option, parse, read_mapping
 
 from .data.files import FileOptions
+from .numbers import check_numbers
 
 __all__ = [
     "DataArguments",
@@ -154,6 +155,7 @@ class TrainerArguments(TrainingArguments):
     _argument_group_name = "Trainer of Transformers"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.output_dir_given = self.output_dir is not None
         super().__post_init__()
 

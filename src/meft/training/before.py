@@ -5,11 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
+from meft.errors import CheckpointError
 from meft.integrations.callbacks import FirstBatch
-from meft.storage.files import finite, read_json, write_json
+from meft.storage.claims import read_object
+from meft.storage.files import finite, write_json
 from meft.verification.distance import Distance
 
 from .arguments import TrainerArguments
@@ -17,8 +20,16 @@ from .costs import StepCosts, autocast_of, measure_costs
 from .kinds.base import Say
 from .preparation import Prepared
 
+Measured = TypeVar("Measured", Distance, StepCosts)
 COSTS_FILE, START_FILE = "costs.json", "start.json"
 REFERENCE = "full"
+
+
+def forget_measurements(folder: Path, arguments: TrainerArguments, *, begun: bool) -> None:
+    """Removes what was measured with other options; the start stays that of a run which has begun to learn."""
+    if arguments.should_save:
+        for name in (COSTS_FILE,) if begun else (COSTS_FILE, START_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 class StartBeforeTraining:
@@ -26,7 +37,7 @@ class StartBeforeTraining:
 
     def __init__(self, folder: Path, arguments: TrainerArguments, say: Say) -> None:
         self.file, self.arguments, self.say = folder / START_FILE, arguments, say
-        self.found = Distance(**read_json(self.file)) if self.file.is_file() else None
+        self.found = _measured(self.file, Distance)
 
     def __call__(self, model: nn.Module, *, resumed: bool) -> None:
         """Waits for the model's first call in training, unless that goes on with what was trained before."""
@@ -42,6 +53,16 @@ class StartBeforeTraining:
         self.say(f"Start, on the first batch: {'; '.join(part for part in (loss, kl) if part)}.")
 
 
+def _measured(file: Path, kind: type[Measured]) -> Measured | None:
+    """What an earlier start of the run measured; None where it did not, or its file is not whole."""
+    if not file.is_file():
+        return None
+    try:
+        return kind(**read_object(file))
+    except (TypeError, CheckpointError):
+        return None  # which is measured again
+
+
 class CostsBeforeTraining:
     """Measures a step once the Trainer has the model ready, and keeps what it found for a resumed run."""
 
@@ -50,7 +71,7 @@ class CostsBeforeTraining:
     ) -> None:
         self.prepared, self.method, self.steps, self.arguments, self.say = prepared, method, steps, arguments, say
         self.file = folder / COSTS_FILE
-        self.found = StepCosts(**read_json(self.file)) if self.file.is_file() else None
+        self.found = _measured(self.file, StepCosts)
 
     def __call__(self, model: nn.Module) -> None:
         if self.found is None and self.steps and self.arguments.should_save:

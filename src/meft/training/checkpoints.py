@@ -3,68 +3,112 @@
 The Trainer of Transformers writes a checkpoint in place, file by file: a process killed in the middle leaves a folder
 that looks like the newest checkpoint and cannot be resumed from. Here it writes into a staging folder, which is given
 a manifest of its files and sizes, forced to disk and renamed. Older checkpoints are removed after that, never before.
-A checkpoint counts as complete when every file of its manifest is there in full; that also recognises one that was
-half removed or damaged later.
+A checkpoint counts as complete when every file of its manifest is there as it was written, by size and digest; that
+also recognises one that was half removed or damaged later.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
-from meft.errors import CheckpointError
-from meft.loading.models import quiet_transformers
-from meft.storage.files import STAGING_PREFIX, publish_folder, read_json, staged, write_json
+from meft.errors import CheckpointError, ConfigError, MeftError, MissingPackageError, first_line
+from meft.loading.models import loading, quiet_transformers
+from meft.storage.claims import check_model_folder, read_object
+from meft.storage.files import STAGING_PREFIX, publish_folder, staged, write_json
+from meft.storage.manifest import MANIFEST, check_files, manifest_of
+from meft.storage.outputs import writing
 
 from .selection import EarlyStopping
 
-MANIFEST = "checkpoint.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def write_manifest(folder: Path, *, resumable: bool) -> None:
-    """Records the name and size in bytes of every file in `folder`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_json(folder / MANIFEST, {"resumable": resumable, "files": sizes})
+    """Records the name, size in bytes and SHA-256 of every file in `folder`."""
+    write_json(folder / MANIFEST, manifest_of(folder, resumable=resumable))
 
 
 def check_checkpoint(folder: Path) -> None:
     """Refuses a folder that cannot be resumed from.
 
     Raises:
-        CheckpointError: The folder or its manifest is missing, a file of it is missing or has another size than when
-            it was written, or it holds the weights only.
+        CheckpointError: The folder or its manifest is missing, a file of it is missing or is not as it was written, or
+            it holds the weights only.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         state = f"has no {MANIFEST}, so it is no complete checkpoint of meft" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {state}. Give a folder named {PREFIX_CHECKPOINT_DIR}-<step> of a run.")
-    content = read_json(manifest)
-    for name, expected in content["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing from its checkpoint. Resume from an earlier checkpoint.")
-        actual = path.stat().st_size
-        if actual != expected:
-            raise CheckpointError(
-                f"{path} has {actual} bytes, {expected} were written. Copy it again or resume from an earlier "
-                "checkpoint."
-            )
+    content = read_object(manifest, {"resumable": bool, "files": dict})
+    check_files(folder, content["files"])
     if not content["resumable"]:
         raise CheckpointError(
             f"{folder} holds the weights only (--save_only_model), so training cannot go on from it as if it had "
             "never stopped. Start anew with --resume never."
         )
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The Trainer's state in a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or cannot be read.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    content = read_object(path, {"global_step": int, "max_steps": int, "log_history": list})
+    try:
+        return TrainerState(**content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no state of the Trainer: {first_line(error)} Resume from an earlier checkpoint."
+        ) from error
+
+
+@contextmanager
+def _reading_state(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint where PyTorch cannot read the state of an optimizer, a scheduler or a generator."""
+    try:
+        yield
+    except (MeftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} has a state of optimizer, scheduler or generators that cannot be read: "
+            f"{type(error).__name__}: {first_line(error)} Resume from an earlier checkpoint, or start anew with "
+            "--overwrite_run."
+        ) from error
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Says what the Trainer finds wrong with its arguments when it is made, and makes optimizer and schedule.
+
+    Raises:
+        ConfigError: A value is not valid, alone or beside the others.
+        MissingPackageError: A package that an argument asks for is not installed.
+    """
+    try:
+        yield
+    except (MeftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = first_line(error)
+        if isinstance(error, ImportError) or "to be installed" in said or "not installed" in said:
+            raise MissingPackageError(f"{said} Install it, or leave out the option that needs it.") from error
+        raise ConfigError(
+            f"The Trainer of Transformers does not take its arguments: {said} See meft train --help."
+        ) from error
 
 
 def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
@@ -108,6 +152,7 @@ class CheckpointingTrainer(Trainer):
         self._scorer = scorer
         self._surroundings = surroundings
         self._staging: Path | None = None
+        self._resumed_from: Path | None = None
 
     def train_or_restore(self, checkpoint: Path | None) -> None:
         """Trains from `checkpoint` on; one that stands at the last step, or where training stopped, is only loaded.
@@ -117,12 +162,14 @@ class CheckpointingTrainer(Trainer):
         if checkpoint is None:
             self.train()
             return
-        state = TrainerState.load_from_json(os.fspath(checkpoint / TRAINER_STATE_NAME))
+        state = read_state(checkpoint)
         stopped = any([callback.restore(state) for callback in self._stoppers])
         if state.global_step < state.max_steps and not stopped:
+            self._resumed_from = checkpoint
             self.train(resume_from_checkpoint=os.fspath(checkpoint))
             return
         self.state = state
+        self._own_best(checkpoint.parent)
         self._load_from_checkpoint(os.fspath(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -170,8 +217,39 @@ class CheckpointingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._load_whole_model(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_model_folder(Path(resume_from_checkpoint))
+        with loading(resume_from_checkpoint):
+            if not self._load_whole_model(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with setting_up():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with setting_up():
+            return super().create_scheduler(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading_state(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading_state(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        """Called when the Trainer has read the state of a checkpoint."""
+        if self._resumed_from is not None:
+            self._own_best(self._resumed_from.parent)
+        super()._load_callback_state()
+
+    def _own_best(self, run_folder: Path) -> None:
+        """Takes the best checkpoint from the run that is gone on with, wherever its state says that it is."""
+        said = self.state.best_model_checkpoint
+        name = None if said is None else Path(str(said)).name
+        own = None if name is None or _NAME.fullmatch(name) is None else run_folder / name
+        self.state.best_model_checkpoint = None if own is None or not own.is_dir() else str(own)
 
     def _load_best_model(self) -> None:
         if not self._load_whole_model(Path(self.state.best_model_checkpoint or "")):
@@ -198,7 +276,8 @@ class CheckpointingTrainer(Trainer):
         run_folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            with staged(run_folder, name) as staging:
+            advice = "Make room, and the same command goes on from the checkpoint before."
+            with writing(run_folder / name, advice), staged(run_folder, name) as staging:
                 self._write_checkpoint(model, trial, staging, run_folder / name)
         else:
             self._write_checkpoint(model, trial, run_folder / f"{STAGING_PREFIX}{name}", run_folder / name)

@@ -10,12 +10,14 @@ from meft.loading.arguments import ModelArguments
 from meft.parsing import parse
 from meft.storage import results
 from meft.storage.files import write_json, write_text
+from meft.storage.outputs import check_output_file
 
 from . import build_trainer, metrics_of
 from .arguments import DataArguments, EvaluationArguments, TrainerArguments
 from .checkpoints import CheckpointingTrainer
 from .kinds.base import Say
-from .preparation import Prepared, check_labelled, prepare_evaluation, read_task_file
+from .preparation import Prepared, check_labelled, prepare_evaluation
+from .recorded import read_task
 
 EVALUATE_TYPES = (ModelArguments, DataArguments, EvaluationArguments, TrainerArguments)
 _SOURCES = ("task", "data_dir", "train_file", "validation_file", "test_file")
@@ -26,11 +28,14 @@ def parse_evaluation(
 ) -> tuple[ModelArguments, DataArguments, EvaluationArguments, TrainerArguments]:
     """Parses the words after `meft evaluate`; what they leave out is taken from the trained model's `task.json`.
 
+    Of that file only `recorded.ALIKE` is taken: nothing in a folder grants trust.
+
     Raises:
         ConfigError: As `meft.training.arguments.parse`.
+        CheckpointError: `task.json` cannot be read, or says something of another kind.
     """
     model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate", description=description)
-    recorded = read_task_file(model.model_name_or_path).get("arguments", {})
+    recorded = read_task(model.model_name_or_path).arguments or {}
     named = any(getattr(data, name) for name in _SOURCES if name != "data_dir")
     defaults = {name: value for name, value in recorded.items() if not (named and name in _SOURCES)}
     model, data, evaluation, trainer = parse(EVALUATE_TYPES, argv, command="evaluate", defaults=defaults)
@@ -55,6 +60,9 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
     """
+    for name in ("results_file", "predictions_file"):
+        if (given := getattr(evaluation_arguments, name)) is not None:
+            check_output_file(name, given)
     split = evaluation_arguments.split
     base = evaluation_arguments.base_model_name_or_path
     method = evaluation_arguments.method

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -37,7 +38,9 @@ from meft.loading.folders import (
 )
 from meft.loading.tasks import TASK_MODELS
 from meft.options import ADAPTER_ONLY
-from meft.storage.files import publish_folder, read_json, staged, write_json, write_text
+from meft.storage.claims import read_object
+from meft.storage.files import publish_new_folder, staged, write_json, write_text
+from meft.storage.outputs import check_output_folder, writing
 from meft.tuner.peft_type import MEFT
 
 logger = logging.get_logger(__name__)
@@ -118,8 +121,10 @@ def export(
         _merges(source.peft_config[_active(source)] if isinstance(source, PeftModel) else None, merge)
     else:
         _check_folder(Path(source))
-    place.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with staged(place.resolve().parent, place.name) as staging:
+    with writing(place):
+        place.resolve().parent.mkdir(parents=True, exist_ok=True)
+    # Under a name of its own, so that two exports at once do not write into one another.
+    with writing(place), staged(place.resolve().parent, f"{place.name}-{uuid4().hex[:8]}") as staging:
         if isinstance(source, nn.Module):
             model, kind = _write_copy(source, staging, merge)
         else:
@@ -127,11 +132,11 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if kind == "adapter":
-            config = read_json(staging / CONFIG_NAME)
+            config = read_object(staging / CONFIG_NAME)
             write_json(staging / CONFIG_NAME, {**config, "base_model_name_or_path": str(place.resolve() / BASE_FOLDER)})
         code = _code(model, place, kind)
         write_text(staging / "README.md", _READMES[kind].format(code="    " + code.replace("\n", "\n    ")))
-        publish_folder(staging, place.resolve())
+        publish_new_folder(staging, place.resolve())
     return Exported(place, kind, code)
 
 
@@ -172,7 +177,7 @@ def _copy_companions(folders: Iterable[Path], staging: Path) -> None:
     for folder in folders:
         for pattern in _COMPANIONS if folder.is_dir() else ():
             for path in folder.glob(pattern):
-                if path.is_file():
+                if path.is_file() and path.suffix != ".py":
                     shutil.copyfile(path, staging / path.name)
 
 
@@ -181,7 +186,7 @@ def _save_tokenizer_of(name: str | None, staging: Path) -> None:
     if not name or Path(name).is_dir() or (staging / "tokenizer_config.json").exists():
         return
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(staging)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(staging)
     except (OSError, ValueError, KeyError) as error:
         logger.warning(f"{name} has no tokenizer that can be loaded, so none was written: {error}")
 
@@ -260,8 +265,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 
 def _check_output(place: Path) -> None:
-    if place.exists() and not place.is_dir():
-        raise OutputFolderError(f"output_dir is {str(place)!r}, which is a file. Choose another folder.")
+    check_output_folder(place)
     names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
     if names:
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

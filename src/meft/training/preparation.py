@@ -17,16 +17,14 @@ from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
 from meft.loading.folders import adapter_config, is_adapter, load_adapter
 from meft.methods.registry import Way, apply_method, read_way
-from meft.options import FUNCTION, METHOD, options_of
-from meft.storage.files import read_json
+from meft.options import FUNCTION, options_of
 
 from .arguments import DataArguments, MeftArguments
 from .data.base import TaskData, TaskSpec
+from .data.digest import digests
 from .kinds import TaskKind, check_options, kind_of
 from .kinds.base import Collator, Say, Scorer
-
-# Beside every saved model: the labels it was trained for, and what evaluating it alike takes.
-TASK_FILE = "task.json"
+from .recorded import read_task
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Prepared:
         questions: Rows by split that are scored as texts.
         unlabelled: The splits without labels.
         way: How the model is trained; `None` for one that is only evaluated.
+        digests: Of the rows of each split, where something is trained on them.
         reference: Builds the same model for plain full fine-tuning. `None` when nothing is trained.
     """
 
@@ -57,6 +56,7 @@ class Prepared:
     questions: Mapping[str, Dataset] = field(default_factory=dict)
     unlabelled: frozenset[str] = frozenset()
     way: Way | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
     reference: Callable[[], nn.Module] | None = None
 
     @property
@@ -117,7 +117,8 @@ def prepare_training(
         plain, _ = kind.load_model(model_arguments, name, data.spec, processor)
         return apply_method(plain, "full", task_type=kind.task_type)
 
-    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, reference=reference)
+    found = digests(data)
+    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, digests=found, reference=reference)
 
 
 def prepare_evaluation(
@@ -144,7 +145,7 @@ def prepare_evaluation(
         said = adapter_config(Path(name), kind.task_type).base_model_name_or_path
         base_name = loading.absolute(base or said or "")
     config = loading.load_config(model_arguments, base_name, kind.what)
-    labels = read_task_file(name).get("labels")
+    labels = read_task(name).labels
     data = _load_rows(kind, data_arguments, (split,), config, labels, model_arguments.cache_dir, say)
     processor = kind.load_processor(model_arguments, name if kind.has_processor(name) else base_name)
     model: nn.Module
@@ -161,41 +162,26 @@ def prepare_evaluation(
     return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded))
 
 
-def read_task_file(name: str) -> dict[str, Any]:
-    """What `task.json` in a model's folder says; nothing when there is none."""
-    path = Path(name) / TASK_FILE
-    return read_json(path) if path.is_file() else {}
-
-
-def trained_record(way: Way, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `task.json` says of a reversible backbone, for `meft evaluate --method`; None without one."""
-    if way.under is None:
-        return None
-    options = {name: value for name, value in way.options.items() if way.of_coupling(name)}
-    words = {name: options_of(METHOD)[name].write(value) for name, value in {**options, **(settings or {})}.items()}
-    return {"method": way.name, "options": words}
-
-
 def _as_trained(model: nn.Module, name: str, method: str) -> None:
     """Puts a trained model on the reversible backbone that it was trained on.
 
     Raises:
         ConfigError: The way has no backbone of its own, or the folder does not say that it was trained so.
     """
-    way, trained = read_way(method), read_task_file(name).get("trained") or {}
+    way, trained = read_way(method), read_task(name)
     if way.under is None:
         raise ConfigError(
             f"method is {method!r}, under which there is no reversible backbone. Leave --method out: a folder is "
             "evaluated as what it holds."
         )
-    if trained.get("method") != way.name:
-        said = f"was trained by {trained['method']}" if "method" in trained else "does not say how it was trained"
+    if trained.method != way.name:
+        said = f"was trained by {trained.method}" if trained.method else "does not say how it was trained"
         raise ConfigError(
             f"method is {method!r}, but {name} {said}. Give --method as it was trained by, or leave it out for the "
             "plain model."
         )
     known = options_of(FUNCTION)
-    words = {option: value for option, value in trained.get("options", {}).items() if option in known}
+    words = {option: value for option, value in (trained.options or {}).items() if option in known}
     make_reversible(model, coupling=way.under, **{option: known[option].read(value) for option, value in words.items()})
 
 

@@ -1,22 +1,27 @@
 """The output folder of a run: whose it is, and whether it may be gone on with.
 
 `run.json` is written when a run begins and names its arguments; `results.json` is written last and makes it finished.
-A folder is never written to unless it is new, or holds an unfinished run of the same arguments.
+A folder is never written to unless it is new, or holds an unfinished run of the same arguments on the same rows, or one
+that failed before its first checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from meft.backbone.layers import ReversibleLayer
-from meft.errors import BusyFolderError, OutputFolderError
+from meft.errors import BusyFolderError, OutputFolderError, first_line
 from meft.options import FUNCTION, PLACES, options_of
-from meft.storage.files import read_json, write_json
+from meft.storage.claims import read_object, require
+from meft.storage.files import write_json
+from meft.storage.outputs import check_output_folder, writing
 from meft.storage.results import now
 from meft.tuner.config import SETTINGS, MeftConfig, saved_before
 
@@ -60,6 +65,17 @@ _WITHOUT_EFFECT = {
     "do_eval",
     "do_predict",
 }
+# These do not change what was learnt so far, so that a run may go on with others, and says so: what errors advise when
+# memory or the range of the streams does not suffice, and how often is saved and evaluated.
+_GONE_ON_WITH = {
+    *("fraction_bits", "arithmetic", "drift_tolerance", "anchor_every"),
+    *("backward", "cached_layers", "tile_size", "fused_loss", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "activation_checkpointing", "torch_empty_cache_steps"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps"),
+    *("save_strategy", "save_steps", "save_only_model", "eval_strategy", "eval_steps", "eval_delay"),
+}
+# The rows of a step are the product of these; how it is divided is a matter of memory.
+_ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def inspect_folder(
@@ -74,8 +90,7 @@ def inspect_folder(
     Raises:
         OutputFolderError: It holds something that must stay.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
+    check_output_folder(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_FILE) if folder.is_dir() else []
     if not names:
         return "new"
@@ -103,9 +118,43 @@ def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
 
     An argument that only one of them has, from another version of Transformers, says nothing about the run.
     """
-    common = [name for name in before if name in arguments and name not in _WITHOUT_EFFECT]
-    differing = [name for name in common if before[name] != arguments[name]]
-    return [f"{name} was {before[name]!r} and is {arguments[name]!r}" for name in differing]
+    passed_over = {*_WITHOUT_EFFECT, *_GONE_ON_WITH}
+    if _rows_of_a_step(before) == _rows_of_a_step(arguments):
+        passed_over |= set(_ROWS_OF_A_STEP)
+    return _in_words(before, arguments, [name for name in before if name not in passed_over])
+
+
+def gone_on_with(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
+    """What an unfinished run goes on with that it did not begin with, in words."""
+    run = _read_run(folder)
+    before = run["arguments"]
+    if _nothing_learnt(folder, run):
+        return _in_words(before, arguments, [name for name in before if name not in _WITHOUT_EFFECT])
+    return _in_words(before, arguments, [name for name in before if name in {*_GONE_ON_WITH, *_ROWS_OF_A_STEP}])
+
+
+def check_rows(folder: Path, digests: Mapping[str, str], sources: Mapping[str, str], *, overwrite: bool) -> State:
+    """Says whether an unfinished run may go on with rows, by their digests.
+
+    Returns:
+        `"resume"` for the rows that it began with, `"replace"` for others where the run may be moved aside.
+
+    Raises:
+        OutputFolderError: They are others, and the run must stay.
+    """
+    run = _read_run(folder)
+    began: Mapping[str, Any] = run.get("rows", {})
+    changed = [split for split in digests if split in began and began[split] != digests[split]]
+    if not changed or _nothing_learnt(folder, run):
+        return "resume"
+    if overwrite:
+        return "replace"
+    which = " and ".join(f"the {split} rows ({sources.get(split, 'of the task')})" for split in changed)
+    raise OutputFolderError(
+        f"output_dir is {str(folder)!r}, which holds an unfinished run on other data: {which} are not those that it "
+        f"began with ({run['started']}). Nothing was changed. Put the data back as it was, choose another "
+        "--output_dir, or give --overwrite_run to move that run aside."
+    )
 
 
 def settings_of(model: Any) -> dict[str, Any] | None:
@@ -130,44 +179,104 @@ def begun_with(folder: Path, method: str) -> dict[str, Any]:
 
     Runs of version 0.1.0 did not say; they had that version's.
     """
-    run = read_json(folder / RUN_FILE)
+    run = _read_run(folder)
+    if _nothing_learnt(folder, run):
+        return {}
     found = run["settings"] if "settings" in run else saved_before(method) if method in PLACES else None
+    require(folder / RUN_FILE, "settings", found, (dict, type(None)))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in (found or {}).items()}
 
 
 @contextmanager
 def claimed(
-    folder: Path, state: State, arguments: Mapping[str, Any], command: str, settings: Mapping[str, Any] | None = None
+    folder: Path,
+    state: State,
+    arguments: Mapping[str, Any],
+    command: str,
+    settings: Mapping[str, Any] | None = None,
+    rows: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Makes the folder this run's for as long as the block runs, and yields the content of `run.json`.
+
+    Args:
+        folder: The output folder.
+        state: What `inspect_folder` said of it.
+        arguments: Of the run.
+        command: The command line.
+        settings: What the method took where its options left it open.
+        rows: Digests of the rows by split.
 
     Raises:
         BusyFolderError: Another process is at work in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if state == "replace":
-        with _locked(folder):
-            os.replace(folder, _aside(folder))
-        folder.mkdir()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state == "replace":
+            with _locked(folder):
+                os.replace(folder, _aside(folder))
+            folder.mkdir()
     with _locked(folder):
         if state == "resume":
-            run = read_json(folder / RUN_FILE)
+            run = _read_run(folder)
+            changed = gone_on_with(folder, arguments)
+            if _nothing_learnt(folder, run):
+                del run["failed"]
+                run["rows"], run["settings"] = dict(rows or {}), settings
+                write_json(folder / RUN_FILE, run)
+            if changed:
+                run["changed"] = [*run.get("changed", []), {"when": now(), "what": changed}]
+                run["arguments"], run["settings"] = dict(arguments), settings
+                write_json(folder / RUN_FILE, run)
         else:
             run = {"command": command, "started": now(), "arguments": dict(arguments), "settings": settings}
+            run["rows"] = dict(rows or {})
             write_json(folder / RUN_FILE, run)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if not _checkpoints(folder):
+                write_json(folder / RUN_FILE, {**run, "failed": first_line(error)})
+            raise
 
 
 def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resume: str) -> str | None:
-    run = read_json(folder / RUN_FILE)
+    run = _read_run(folder)
     if RESULTS_FILE in names:
         return f"a finished run (started {run['started']})"
     changed = differences(run["arguments"], arguments)
-    if changed:
+    if changed and not _nothing_learnt(folder, run):
         return f"an unfinished run of other arguments ({'; '.join(changed)})"
     if resume == "never":
         return f"an unfinished run (started {run['started']}), and --resume is never"
     return None
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    path = folder / RUN_FILE
+    run = read_object(path, {"arguments": dict, "started": str})
+    require(path, "rows", run.get("rows", {}), dict)
+    require(path, "changed", run.get("changed", []), list)
+    return run
+
+
+def _nothing_learnt(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a run ended in an error before its first checkpoint, so that it may begin anew in any way."""
+    return "failed" in run and not _checkpoints(folder)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+
+def _in_words(before: Mapping[str, Any], arguments: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    differing = [name for name in names if name in arguments and before[name] != arguments[name]]
+    return [f"{name} was {before[name]!r} and is {arguments[name]!r}" for name in differing]
+
+
+def _rows_of_a_step(arguments: Mapping[str, Any]) -> int | None:
+    """Rows of a step on one process; None where the arguments do not say."""
+    rows, times = (arguments.get(name) for name in _ROWS_OF_A_STEP)
+    return rows * times if isinstance(rows, int) and isinstance(times, int) else None
 
 
 def _aside(folder: Path) -> Path:

@@ -12,17 +12,20 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from meft.backbone.plan import Plan
 from meft.engine.couplings import COUPLINGS
-from meft.errors import ConfigError
+from meft.errors import CheckpointError, ConfigError
 from meft.options import (
     ADAPTER_ONLY,
     CONFIG,
     WithOptions,
+    check_choice,
     check_places,
     checked,
     option_dataclass,
     options_of,
     plan_options,
+    shown,
 )
+from meft.storage.claims import read_object
 from meft.storage.files import check_safetensors
 
 from .peft_type import MEFT
@@ -63,6 +66,7 @@ class MeftConfig(WithOptions, PeftConfig):
         self.injected = False
         self.filled: dict[str, Any] = {}
         values = checked(CONFIG, vars(self))
+        _check_base_layers(self.base_layers)
         places = values["adapter_places"]
         if places is not None:
             values["adapter_places"] = check_places(places, values["coupling"])
@@ -109,11 +113,19 @@ class MeftConfig(WithOptions, PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
         """Reads a saved configuration as a dictionary, with what version 0.1.0 took where it says nothing."""
-        found = super().from_json_file(path_json_file, **kwargs)
+        path = Path(path_json_file)
+        found = {name: value for name, value in read_object(path).items() if name != "runtime_config"}
         if found.get("peft_type") == MEFT:
+            if "coupling" not in found:
+                valid = ", ".join(map(repr, (*COUPLINGS, ADAPTER_ONLY)))
+                raise CheckpointError(
+                    f"{path} does not say its coupling, without which its weights have no meaning. Valid: {valid}. "
+                    "Copy the adapter again, or write in the coupling that it was trained with."
+                )
+            check_choice("coupling", found["coupling"], (*COUPLINGS, ADAPTER_ONLY))
             # None means what it means today since places are saved; an option that came later is not there at all.
             first_version = "adapter_places" not in found
-            for name, value in saved_before(found.get("coupling", "meft1")).items():
+            for name, value in saved_before(found["coupling"]).items():
                 if name not in found or (first_version and found[name] is None):
                     found[name] = value
         return found
@@ -123,9 +135,16 @@ class MeftConfig(WithOptions, PeftConfig):
         """Reads the options of a saved adapter, and looks whether its weights are whole.
 
         Raises:
-            CheckpointError: the folder's weights are truncated or no safetensors file.
+            CheckpointError: the folder's weights are truncated or no safetensors file, or the configuration cannot be
+                read or does not name its coupling.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"The adapter_config.json of {pretrained_model_name_or_path} cannot be read: {error}. Copy the adapter "
+                "again."
+            ) from error
         config.loaded_from = str(pretrained_model_name_or_path)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
@@ -141,6 +160,20 @@ class MeftConfig(WithOptions, PeftConfig):
                     f'{name}={value!r} was given, but coupling="adapter" couples nothing. Leave {name} out, or choose '
                     f"one of {', '.join(COUPLINGS)}."
                 )
+
+
+def _check_base_layers(layers: Any) -> None:
+    known = {"layer": str, "layers": int, "hidden_size": int}
+    whole = isinstance(layers, list) and all(
+        isinstance(stack, dict) and all(isinstance(stack.get(name), kind) for name, kind in known.items())
+        for stack in layers
+    )
+    if layers is not None and not whole:
+        raise ConfigError(
+            f"base_layers={shown(layers)} does not describe layer stacks. Valid: None, or a list of the layer's name, "
+            "the number of layers and hidden_size of each. Leave it None; it is filled in when the adapter is put into "
+            "a model."
+        )
 
 
 def saved_before(coupling: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ them is what the couplings see.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from meft.backbone.conversion import name_units, prepare_stacks, undo
 from meft.backbone.discovery import Stack, find_stacks, post_norm, pretrained_of
 from meft.backbone.layers import ReversibleLayer
 from meft.backbone.plan import Plan
+from meft.backbone.refusal import as_it_was_if_refused
 from meft.backbone.stack import Placement, ReversibleStack
 from meft.engine.sharding import refuse_sharded
 from meft.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -35,6 +37,7 @@ from meft.options import ADAPTER_ONLY, PLACES
 
 from .config import MeftConfig
 from .peft_type import MEFT
+from .saved_modules import check_modules_to_save
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +52,7 @@ _ACTIVATION_NAMES = (
 )
 _DROPOUT_NAMES = ("hidden_dropout_prob", "dropout", "hidden_dropout", "resid_pdrop", "dropout_rate", "resid_dropout")
 
+_GENERATING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 _BART_HEAD = "classification_head"
 
 
@@ -147,6 +151,25 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         if not isinstance(adapter_names, str):
             _check_single(list(adapter_names))
         super().set_adapter(adapter_names, inference_mode)
+        self._freeze_unread()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_unread()
+
+    def _freeze_unread(self) -> None:
+        """Trains nothing that adds to a stream which the output rule leaves out: it would never get a gradient.
+
+        Trackers of unused parameters (DDP) and of optimizer states (FSDP) take that for a fault.
+        """
+        for name, (reversible_stack, index, *_) in self.meft_places.items():
+            coupling, order = reversible_stack.plan.coupling, reversible_stack.order
+            if coupling is None or index != order[-1] or order.count(index) > 1:
+                continue
+            for function, part in product(coupling.unread(), ("down", "up", "norm")):
+                held = getattr(self, f"meft_{function.lower()}_{part}", {})
+                if name in held:
+                    held[name].requires_grad_(False)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise _cannot_merge()
@@ -200,15 +223,22 @@ class MeftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with as_it_was_if_refused(model):
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(MeftConfig, self.peft_config[adapter_name])
+        _check_name(adapter_name)
         refuse_sharded(model)
+        _refuse_task(model, config)
         stacks = find_stacks(model, config.stacks)
         config.reopen()
         plan = config.plan(post_norm(stacks))
         _refuse_plain_reversible(stacks)
         _refuse_same_name(stacks, adapter_name, config)
         self._check_base(config, stacks)
-        # Everything that can be refused is refused here, before the model is changed.
+        # Everything that can be refused is refused here, before the model is changed: what PEFT does afterwards, out of
+        # reach of `inject_adapter`, is not taken back.
         places = {}
         for stack in stacks:
             reversible_stack = stack.reversible_stack(plan)
@@ -219,10 +249,11 @@ class MeftModel(BaseTuner):
                     feed_forward_of(pretrained, reversible_stack.layer_name(index), config.feedforward_module)
                     _refuse_compiled(layer, reversible_stack.layer_name(index))
                 places[f"{stack.name}.{index}"] = (stack, reversible_stack, index)
-        config.fill_in(plan)
-        self._places = places
         _refuse_held_elsewhere(model, stacks)
         _refuse_saved_inside(model, stacks, config)
+        check_modules_to_save(model, config.modules_to_save, config.task_type)
+        config.fill_in(plan)
+        self._places = places
         for stack in stacks:
             _take_wrappers_off(stack, plan)
         pairs = {id(reversible_stack): (stack, reversible_stack) for stack, reversible_stack, _ in places.values()}
@@ -390,9 +421,35 @@ def _refuse_held_elsewhere(model: nn.Module, stacks: list[Stack]) -> None:
                 )
 
 
+def _check_name(adapter_name: Any) -> None:
+    """Refuses names of adapters that PyTorch refuses as names of modules."""
+    text = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
+    if not text or hasattr(nn.ModuleDict(), adapter_name):
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} cannot be the name of a module. Valid: a text without a full stop that is "
+            "no attribute of modules (forward, train, keys, ...). Choose another, such as 'default'."
+        )
+
+
+def _refuse_task(model: nn.Module, config: MeftConfig) -> None:
+    """PEFT's classes for models that generate fail on others when they have changed them."""
+    if config.task_type in _GENERATING and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ConfigError(
+            f"task_type={str(config.task_type).removeprefix('TaskType.')!r} is for models that generate, and "
+            f"{type(model).__name__} does not. Valid for it: 'FEATURE_EXTRACTION', None, or the task of its head."
+        )
+
+
 def _refuse_saved_inside(model: nn.Module, stacks: list[Stack], config: MeftConfig) -> None:
     """PEFT keeps `modules_to_save` from the children of a layer that a tuner holds, when it has changed the model."""
+    own = (*MeftLayer.adapter_layer_names, *(name for name in MeftLayer.other_param_names if name.endswith("dropout")))
     for chosen in config.modules_to_save or ():
+        if any(name.endswith(chosen) for name in own):
+            raise ConfigError(
+                f"modules_to_save={config.modules_to_save!r}: {chosen!r} is the end of the names of MEFT's own modules "
+                f"({', '.join(own)}), which are trained and saved anyway. Give more of the name of the module that you "
+                "mean."
+            )
         for stack in stacks:
             for index, layer in enumerate(stack.layers):
                 place = f"{stack.name}.{index}"

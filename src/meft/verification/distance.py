@@ -88,7 +88,7 @@ def distance_from_plain(model: nn.Module, *args: Any, **batch: Any) -> Distance 
             loss, predicted = _run(model, args, batch)
         with plain(layers):
             plain_loss, plainly = _run(model, args, batch)
-    return Distance(loss, plain_loss, _divergence(plainly, predicted))
+        return Distance(loss, plain_loss, _divergence(plainly, predicted))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from meft.errors import DataError, UnsupportedModelError
 from meft.loading import models as loading
 from meft.training.data.base import TaskData, TaskSpec
+from meft.training.data.known import check_known
 from meft.training.kinds.base import Collator, Encoded, Say, Scorer, TaskKind, first_rows
 from meft_lab.tasks import QUESTION_TASKS, load_multiple_choice
 from meft_lab.tasks.answers import FITS, IGNORED, encode_answers, fitting, mark_fitting
@@ -78,6 +79,7 @@ class MultipleChoice(TaskKind):
             if split not in unlabelled:
                 workers = arguments.preprocessing_num_workers
                 kept, _ = encode_answers(kept, processor, limit, workers=workers, title=split)
+                check_known(kept, processor, split, say)
             encoded[split], skipped[split] = kept, len(rows) - len(kept)
             _say_skipped(split, len(kept), skipped[split], limit, say)
         return Encoded(encoded, {}, skipped, questions, unlabelled)

@@ -148,6 +148,8 @@ def block() -> nn.Sequential:
         (Layer(attn=Layer(mlp=block()), second=Layer(mlp=block())), "second.mlp", "second.mlp"),
         (Layer(layer=nn.ModuleList([Layer(q=wide()), Layer(wi=wide(), wo=narrow())])), "layer.-1.wi", "layer.1.wo"),
         (Layer(ff=nn.ModuleList([block()]), mlp=block()), "mlp", "mlp"),
+        # Beside what mixes the tokens, where there is no feed-forward.
+        (Layer(mixer=Layer(in_proj=wide(), out_proj=narrow()), norm=nn.Identity()), "mixer", "mixer"),
     ],
 )
 def test_usual_names(layer: Layer, entry: str, exit_: str) -> None:
@@ -157,7 +159,7 @@ def test_usual_names(layer: Layer, entry: str, exit_: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (Layer(mixer=block(), norm=nn.Identity()), "of its children mixer, norm, none can be told"),
+        (Layer(gate=block(), norm=nn.Identity()), "of its children gate, norm, none can be told"),
         (Layer(mlp=block(), moe=block()), "of its children mlp, moe, several can be told"),
         (Layer(mlp=nn.ModuleList([block()])), "of its children mlp, none can be told"),
         (Layer(ffn=wide()), "of its children ffn, none can be told"),

@@ -67,7 +67,9 @@ def test_adapters_that_do_not_move(subject: Subject, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     found = check(subject, "momentum")
     assert found.state == "failed"
-    assert found.detail.startswith("training step: 6 trained parameters did not move: base_model.model.model.layers.0.")
+    assert found.detail.startswith(
+        "training step: 12 trained parameters did not move: base_model.model.model.layers.0."
+    )
 
 
 def test_parameters_that_no_loss_reaches_need_not_move() -> None:

@@ -155,7 +155,7 @@ def test_dropout_is_switched_off_everywhere() -> None:
 def test_factors_that_are_trained_differ_in_one_from_the_couplings_own() -> None:
     assert factors._own("meft1") == {"lam": 0.1, "beta": 1}
     assert factors._own("meft3") == {"lam": 0.1, "beta": 0.1}
-    assert factors._own("momentum") == {"gamma": 0.25}
+    assert factors._own("momentum") == {"gamma": 1 / 32}
     assert factors._away("meft1", {"lam": 0.5, "beta": 1.0}) == 1
     assert factors._away("meft1", {"lam": 0.5, "beta": 0.1}) == 2
     # What a coupling has anyway is left out, so that it is the same training as that of another study.

@@ -106,8 +106,9 @@ def measure(
         The `MemoryReport`; `peak_bytes` is the figure quoted everywhere in this project.
 
     Raises:
-        ConfigError: `step` cannot be called, both `model` and `parameters` are given, the device is neither, or a
-            profiler is already running in this thread (a second one would end it and both would report nothing).
+        ConfigError: `step` cannot be called, an argument is of another kind, both `model` and `parameters` are given,
+            the device is neither, or a profiler is already running in this thread (a second one would end it and both
+            would report nothing).
     """
     if not callable(step):
         raise ConfigError(
@@ -119,6 +120,16 @@ def measure(
             "measure() was given both model= and parameters=, and either says whose gradients to set apart. "
             "Pass model= for all of a model's parameters, or parameters= for a choice of them."
         )
+    given: tuple[tuple[str, Any, type], ...] = (
+        ("model", model, torch.nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+    )
+    for name, value, kind in given:
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"measure() was given a {type(value).__name__} as {name}. Valid is a "
+                f"{kind.__module__}.{kind.__name__}, or None."
+            )
     if torch.autograd._profiler_enabled():
         raise ConfigError(
             "measure() was called while a PyTorch profiler is running in this thread (another measure() counts), and "

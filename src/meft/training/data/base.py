@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,16 +71,35 @@ def require_file(path: Path, purpose: str) -> Path:
     Raises:
         DataError: The file is missing or empty; the message says what else is in its folder.
     """
+    if path.exists() and not path.is_file():
+        kind = next((name for name, holds in _KINDS.items() if holds(path)), "no regular file")
+        raise DataError(
+            f"{path}, {purpose}, is {kind}. Give a file: rows are read again when a run goes on, so write what "
+            "comes out of a pipe or a device to a file first."
+        )
     if not path.is_file():
         here = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else None
-        seen = f"{path.parent} does not exist" if here is None else f"{path.parent} contains {_names(here)}"
+        seen = f"{path.parent} does not exist" if here is None else f"{path.parent} contains {listed(here)}"
         raise DataError(f"{path}, {purpose}, does not exist; {seen}. Check the path.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}, {purpose}, is empty (0 bytes). Give a file with at least one row.")
     return path
 
 
-def _names(names: Iterable[str], most: int = 12) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more if listed else "nothing"
+_KINDS: dict[str, Callable[[Path], bool]] = {
+    "a folder": Path.is_dir,
+    "a pipe": Path.is_fifo,
+    "a device": lambda path: path.is_char_device() or path.is_block_device(),
+    "a socket": Path.is_socket,
+}
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names in a message: the first of them, and how many more there are."""
+    all_names = list(names)
+    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
+    return ", ".join(map(_shortened, all_names[:most])) + more if all_names else "nothing"
+
+
+def _shortened(name: str, length: int = 60) -> str:
+    return name if len(name) <= length else f"{name[: length - 3]}..."

@@ -17,8 +17,10 @@ from datasets import Dataset
 
 from meft.errors import ConfigError, DataError
 
-from .base import TaskData, TaskSpec, require_file, to_rows
+from .base import TaskData, TaskSpec, listed, require_file, to_rows
 
+# Fewer classes than these are believed whatever the number of rows.
+_MANY_CLASSES = 20
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 Row = dict[str, Any]
 
@@ -86,7 +88,9 @@ class _Table:
         if not numbered:
             raise DataError(f"{path} has no rows. Give a file with at least one row.")
         self.lines = [line for line, _ in numbered]
+        self.raw = [row for _, row in numbered]
         columns = list(dict.fromkeys(name for _, row in numbered for name in row))
+        self.columns = columns
         self.texts = [self._texts(name, columns, numbered) for name in options.text_columns]
         self.labels: list[str] | None = None
         if split != "test" or options.label_column in columns:
@@ -103,7 +107,8 @@ class _Table:
         for line, label in zip(self.lines, self.labels, strict=True):
             if label not in index:
                 raise DataError(
-                    f"Line {line} of {self.path} has the label {label!r}; the labels are {', '.join(spec.labels)}. "
+                    f"Line {line} of {self.path} has the label {_excerpt(label)!r}; the labels are "
+                    f"{listed(spec.labels)}. "
                     "Mend that line, or name every label with --labels."
                 )
         return to_rows(self.texts, [index[label] for label in self.labels])
@@ -113,7 +118,7 @@ class _Table:
             return
         close = get_close_matches(name, columns, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Give one of them as --{option}."
-        raise DataError(f"{self.path} has no column {name!r}; its columns are {', '.join(columns)}.{hint}")
+        raise DataError(f"{self.path} has no column {name!r}; its columns are {listed(columns)}.{hint}")
 
     def _texts(self, name: str, columns: list[str], numbered: list[tuple[int, Row]]) -> list[str]:
         self._require(name, columns, "text_column")
@@ -123,7 +128,23 @@ class _Table:
                     f"Line {line} of {self.path} has {row.get(name)!r} in column {name!r}, where a text is expected. "
                     "Mend or remove that line."
                 )
-        return [row[name] for _, row in numbered]
+            self._check_unicode(line, name, row[name])
+        texts = [row[name] for _, row in numbered]
+        if not any(map(str.strip, texts)):
+            raise DataError(
+                f"Every row of {self.path} has an empty text in column {name!r}. Its columns are {listed(columns)}; "
+                "give the one that holds the texts as --text_column."
+            )
+        return texts
+
+    def _check_unicode(self, line: int, name: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Line {line} of {self.path} has text in column {name!r} that is no Unicode: "
+                f"{error.object[error.start]!r} alone is half a character. Mend or remove that line."
+            ) from error
 
     def _label(self, line: int, row: Row) -> str:
         value = row.get(self.options.label_column)
@@ -132,14 +153,15 @@ class _Table:
                 f"Line {line} of {self.path} has no label: column {self.options.label_column!r} holds {value!r}. "
                 "Mend or remove that line."
             )
+        self._check_unicode(line, self.options.label_column, str(value))
         return str(value)
 
     def _number(self, line: int, label: str) -> float:
         number = _as_number(label)
         if number is None:
             raise DataError(
-                f"Line {line} of {self.path} has the label {label!r}, which is no finite number, beside --regression. "
-                "Mend that line, or leave --regression out to predict classes."
+                f"Line {line} of {self.path} has the label {_excerpt(label)!r}, which is no finite number, beside "
+                "--regression. Mend that line, or leave --regression out to predict classes."
             )
         return number
 
@@ -162,12 +184,34 @@ def _label_names(tables: dict[str, _Table], options: FileOptions) -> tuple[str, 
                 f"The labels of {source.path} are numbers such as {fraction}. Give --regression to predict the number, "
                 "or --labels to treat each value as a class."
             )
+    _check_classes(source, distinct, all(number is not None for number in numbers.values()))
     if len(distinct) < 2:
         raise DataError(
             f"Every row of {source.path} has the label {distinct[0]!r}; there is nothing to learn. Give rows of at "
             "least two labels, or name all labels with --labels."
         )
     return tuple(distinct)
+
+
+def _check_classes(source: _Table, distinct: list[str], numbers: bool) -> None:
+    """Refuses labels of which nearly every row has its own: they are numbers, texts or names, and no classes."""
+    labels = source.labels or []
+    if len(distinct) < _MANY_CLASSES or 2 * len(distinct) <= len(labels):
+        return
+    column = source.options.label_column
+    others = {
+        name: len(values)
+        for name in source.columns
+        if name != column and 1 < len(values := {str(row.get(name)) for row in source.raw}) < _MANY_CLASSES
+    }
+    meant = "The labels are numbers: give --regression to predict them. " if numbers else ""
+    if others:
+        meant += f"Or is the label in column {min(others, key=lambda name: others[name])!r}? Give --label_column. "
+    raise DataError(
+        f"The {len(labels)} rows of {source.path} have {len(distinct)} different labels in column {column!r} "
+        f"({listed(distinct, 3)}), which is no classification: most classes have a single row. {meant}If every one is "
+        "a class, name them all with --labels."
+    )
 
 
 def _as_number(label: str) -> float | None:
@@ -192,6 +236,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
@@ -199,7 +245,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=not layout, **layout)
         try:
-            header = next(reader)
+            header = next(reader, [])
+            repeated = next((name for name in header if header.count(name) > 1), None)
+            if repeated is not None:
+                raise DataError(f"{path} has two columns {repeated!r}. Rename one of them.")
             for cells in reader:
                 if not cells:
                     continue
@@ -220,11 +269,18 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
                 continue
             try:
                 row = json.loads(line.strip())
+            except RecursionError as error:
+                raise DataError(
+                    f"Line {number} of {path} is nested too deeply: {_excerpt(line)}. Every line must be one JSON "
+                    'object, such as {"text": "...", "label": "..."}.'
+                ) from error
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"Line {number} of {path} is not valid JSON ({error.msg} at column {error.colno}): "
                     f"{_excerpt(line)}. Every line must be one JSON object."
                 ) from error
+            except ValueError as error:
+                raise DataError(f"Line {number} of {path} cannot be read: {error}. Mend that line.") from error
             if not isinstance(row, dict):
                 raise DataError(
                     f"Line {number} of {path} is a JSON {type(row).__name__}: {_excerpt(line)}. Every line must be one "

@@ -23,6 +23,7 @@ from meft.loading import models as loading
 from ..data.base import LABEL, TaskData, TaskSpec
 from ..data.encode import encode
 from ..data.files import load_files
+from ..data.known import check_known
 from ..data.metrics import predictions_of, score
 from .base import Collator, Encoded, Say, TaskKind, first_rows
 
@@ -74,6 +75,7 @@ class TextClassification(TaskKind):
             coded, cut = encode(rows, processor, length, workers=arguments.preprocessing_num_workers, title=split)
             encoded[split] = coded.select_columns([name for name in coded.column_names if name in inputs])
             truncated[split] = cut
+            check_known(coded, processor, split, say)
             if cut:
                 say(f"{cut} of {len(rows)} {split} rows are longer than {length} tokens and were cut.")
         unlabelled = frozenset(split for split, rows in encoded.items() if LABEL not in rows.column_names)
