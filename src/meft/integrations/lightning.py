@@ -27,7 +27,7 @@ except ImportError:
         ) from None
 
 
-class ReversibleCallback(Callback):  # type: ignore[misc]
+class ReversibleCallback(Callback):
     """Makes the Transformers models in a LightningModule reversible while they are trained, in one line.
 
     Example:
