@@ -15,7 +15,6 @@ from typing import Any
 from meft.errors import ConfigError
 from meft.integrations import startup
 from meft.integrations.environment import MADE, OPTIONS
-from meft.integrations.reversible import Conversion
 from meft.options import FUNCTION, WithOptions, checked, option_dataclass, options_of
 from meft.parsing import parse
 
@@ -68,6 +67,9 @@ def run_command(words: Sequence[str], *, description: str | None = None) -> int:
         raise ConfigError(f"{given} names no program behind '--'. {_USAGE}.")
     # Before the program starts, so that what is not valid shows here and not in one of its processes.
     (arguments,) = parse((RunArguments,), words[:end], command="run", description=f"{description} {_USAGE}.")
+    # Not at the head: it imports the Trainer, which --help does not need.
+    from meft.integrations.reversible import Conversion
+
     options = Conversion("meft run", arguments.options()).options
     if shutil.which(program[0]) is None:
         raise ConfigError(f"No program {program[0]!r} was found. {_USAGE}.")
