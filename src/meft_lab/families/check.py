@@ -112,12 +112,22 @@ def _must_move(name: str, model: nn.Module, subject: Subject) -> bool:
     """Weights of adapters in layers that the loss reaches.
 
     A pretrained model has parameters that no loss reaches, and a bias that is added to every token does not change
-    which token answers a question.
+    which token answers a question. Of the highest layer that is reached, one stream may be read alone.
     """
     if "meft_" not in name or not name.endswith(".weight"):
         return False
-    stacks = find_stacks(model, subject.family.stacks)
-    return any(name.startswith(f"{stack.name}.{index}.") for stack in stacks for index in subject.reached_in(stack))
+    for stack in find_stacks(model, subject.family.stacks):
+        reached = subject.reached_in(stack)
+        for index in reached:
+            if name.startswith(f"{stack.name}.{index}."):
+                return index != max(reached) or not any(f".meft_{f.lower()}_" in name for f in _unread(stack))
+    return False
+
+
+def _unread(stack: Stack) -> set[str]:
+    placement = stack.layers[0].placement() if isinstance(stack.layers[0], ReversibleLayer) else None
+    coupling = None if placement is None else placement.reversible_stack.plan.coupling
+    return set() if coupling is None else coupling.unread()
 
 
 def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:
