@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from meft.backbone.conversion import Stack, find_stacks, layer_drop_unsaid, make_reversible
-from meft.backbone.layers import ReversibleLayer
+from meft.backbone.layers import shared_by
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.verification import verify
 
@@ -125,9 +125,8 @@ def _must_move(name: str, model: nn.Module, subject: Subject) -> bool:
 
 
 def _unread(stack: Stack) -> set[str]:
-    placement = stack.layers[0].placement() if isinstance(stack.layers[0], ReversibleLayer) else None
-    coupling = None if placement is None else placement.reversible_stack.plan.coupling
-    return set() if coupling is None else coupling.unread()
+    shared = shared_by(stack.layers)
+    return set() if shared is None or shared.plan.coupling is None else shared.plan.coupling.unread()
 
 
 def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:
@@ -154,9 +153,9 @@ def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:
 
 def _as_they_are(stack: Stack) -> set[int]:
     """Indices of the layers that run uncoupled: those that change the shape, and all of a list that is no stack."""
-    placements = [layer.placement() for layer in stack.layers if isinstance(layer, ReversibleLayer)]
-    reversible_stack = next(placement.reversible_stack for placement in placements if placement is not None)
-    return set(range(len(stack.layers))) if reversible_stack.left_out else reversible_stack.plain
+    shared = shared_by(stack.layers)
+    assert shared is not None
+    return set(range(len(stack.layers))) if shared.left_out else shared.plain
 
 
 def _doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
