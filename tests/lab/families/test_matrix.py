@@ -24,7 +24,10 @@ PROMISED = (
     "gpt_neox", "gptj", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3",
     "falcon", "olmo2", "granite", "vit", "deit", "dinov2", "clip", "siglip", "whisper", "llava",
 )  # fmt: skip
-"""Model types that are tested in full with every change; of the others, what takes longest is marked slow."""
+"""Model types that are tested with every change in each way that reads a model of its own: adapters beside layers, adapters
+in blocks, no adapters. Other couplings of the same adapters differ in arithmetic alone, which knows no family; of the
+other types one way is tested, and every refusal. All of it is slow."""
+QUICK_WAYS = ("meft1", "meft3", FULL)
 LOADING_NOTE = "The plain model, too, comes back with other weights."
 NOTE = "The plain model, too, generates other words with a cache than without."
 
@@ -36,7 +39,10 @@ def without_reports() -> Iterator[None]:
 
 
 def cell(name: str, way: str) -> Any:
-    always = CATALOGUE[name].model_type in PROMISED or way in HEAD_WAYS or way in REFUSED.get(name, {})
+    refused = REFUSED.get(name, {})
+    first = next((one for one in HEAD_WAYS if one not in refused), None)
+    quick = QUICK_WAYS if CATALOGUE[name].model_type in PROMISED else (first,)
+    always = way in quick or way in refused
     return pytest.param(name, way, marks=() if always else pytest.mark.slow)
 
 
