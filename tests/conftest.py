@@ -23,8 +23,8 @@ def seeded() -> Iterator[None]:
 def quick_collection() -> None:
     """Collecting garbage looks at what the tests of one module made, and not again at every imported library.
 
-    The Trainer collects at every start, and Python whenever enough was made: with PyTorch, Transformers and TRL in memory
-    most of a short test would go into it.
+    The Trainer collects at every start, and Python whenever enough was made: with PyTorch, Transformers and TRL in
+    memory a fifth of a short test would go into it.
     """
     gc.collect()
     gc.freeze()

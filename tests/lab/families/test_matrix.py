@@ -24,9 +24,10 @@ PROMISED = (
     "gpt_neox", "gptj", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3",
     "falcon", "olmo2", "granite", "vit", "deit", "dinov2", "clip", "siglip", "whisper", "llava",
 )  # fmt: skip
-"""Model types that are tested with every change in each way that reads a model of its own: adapters beside layers, adapters
-in blocks, no adapters. Other couplings of the same adapters differ in arithmetic alone, which knows no family; of the
-other types one way is tested, and every refusal. All of it is slow."""
+"""Model types that are tested with every change in each of `QUICK_WAYS`; of the others, one way and every refusal.
+
+The ways that are marked slow differ from `meft1` in arithmetic alone, which knows no family.
+"""
 QUICK_WAYS = ("meft1", "meft3", FULL)
 LOADING_NOTE = "The plain model, too, comes back with other weights."
 NOTE = "The plain model, too, generates other words with a cache than without."
