@@ -11,9 +11,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/meft demo
 
-# One thread a process: two workers on two cores, and sums whose order does not depend on the machine's load.
+# One thread a process: two workers on two cores, and sums whose order does not depend on the machine's load. A file
+# stays with one worker, so that what its tests share is made once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # What `make test` leaves out: minutes to hours.
 slow: $(STAMP)
@@ -25,7 +26,7 @@ oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 	    -e . datasets hypothesis pytest pytest-xdist pyyaml scikit-learn scipy trl
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not slow" tests/engine tests/loss tests/backbone \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" tests/engine tests/loss tests/backbone \
 	    tests/tuner tests/integrations/test_reversible.py -k "not SentenceTransformerTrainer"
 
 quality: $(STAMP) docs

@@ -34,7 +34,6 @@ from support.tiny import make_model
 GAMMA = 1 / 16
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_collection"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
 ]

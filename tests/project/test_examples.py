@@ -20,7 +20,6 @@ from support.launching import EXAMPLES
 pytest.importorskip("trl", minversion="1.16")
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_collection"),
     # TRL hands on names that Transformers 5.23 deprecates.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
     # The profiler of the step that is measured meets modules that TRL compiles with annotations.

@@ -433,11 +433,17 @@ def test_evaluate_takes_another_file(runs: dict[str, tuple[Path, dict[str, Any]]
 # Defaults and precision -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--bf16"], ["--dtype=bfloat16"], ["--bf16", "--packing", "--max_seq_length=32"]])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("conversations", ["--dtype=bfloat16"]),
+        ("completions", ["--bf16"]),
+        ("preferences", ["--bf16"]),
+        ("preferences", ["--bf16", "--method=lora"]),
+        ("text", ["--bf16", "--packing", "--max_seq_length=32"]),
+    ],
+)
 def test_bfloat16_works_on_a_processor(form: str, words: list[str], model: Path, tmp_path: Path) -> None:
-    if form == "preferences" and "--packing" in words:
-        words = ["--bf16", "--method=lora"]
     file = write_lines(tmp_path / "rows.jsonl", FORMS[form]())
     found = whole_train(model, [f"--train_file={file}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2", *words])
     assert math.isfinite(found["metrics"]["loss"]) and math.isfinite(found["deployed_metrics"]["loss"]

@@ -30,8 +30,6 @@ from support.peft_helpers import (
 
 STEPS = 6
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 
 class Rows(Dataset):
     """The rows of one padded batch."""
