@@ -8,7 +8,7 @@ A recipe has these keys; `arguments`, `grid` and `seeds` are enough for most:
       num_train_epochs: 10
     grid:                            # every combination is run
       task: [rte, mrpc]
-      method: [full, lora, meft1]
+      method: [full, lora, meft1]    # or names of several arguments: way: {near: {method: meft1, lam: 0.01}, ...}
     special:                         # other arguments for some of them; a later entry wins, null takes one away
       - when: {task: mrpc, method: [lora, meft1]}
         arguments: {num_train_epochs: 20}
@@ -91,6 +91,7 @@ class Recipe:
         description: What the recipe reproduces.
         arguments: Arguments of `meft train` for every run.
         grid: Axes whose every combination is run.
+        named: What the values of an axis stand for, where they are names of arguments: by axis and value.
         special: Further arguments for some of the runs, in the order in which they are applied.
         choice: What is chosen on the first seed, if anything.
         seeds: Seeds of the runs.
@@ -105,6 +106,7 @@ class Recipe:
     description: str
     arguments: Mapping[str, Any]
     grid: Axes
+    named: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     special: tuple[Special, ...] = ()
     choice: Choice | None = None
     seeds: tuple[int, ...] = (0,)
@@ -125,7 +127,9 @@ class Recipe:
 
     def arguments_of(self, point: Point) -> dict[str, Any]:
         """The arguments of `meft train` at a point of the grid and of what is chosen, without seed and folder."""
-        values: dict[str, Any] = {**self.arguments, **point}
+        values: dict[str, Any] = dict(self.arguments)
+        for axis, value in point.items():
+            values |= self.named[axis][value] if axis in self.named else {axis: value}
         for special in self.special:
             if special.applies_to(point):
                 values |= special.arguments
@@ -174,6 +178,7 @@ def load_recipe(given: str, typed: Mapping[str, Sequence[str]] | None = None) ->
     content = read_mapping(path)
     _known(content, _KEYS, f"{path} has the unknown key")
     grid = _axes(content.get("grid") or {}, path, "grid")
+    named = _named(content.get("grid") or {}, grid, path)
     choice = _choice(content.get("choose"), grid, path)
     arguments = _arguments(content.get("arguments") or {}, path, "arguments")
     special = tuple(_special(entry, grid, choice, path) for entry in _entries(content.get("special"), path))
@@ -198,6 +203,7 @@ def load_recipe(given: str, typed: Mapping[str, Sequence[str]] | None = None) ->
         description=str(content.get("description", "")),
         arguments=arguments,
         grid=grid,
+        named=named,
         special=special,
         choice=choice,
         seeds=seeds,
@@ -254,8 +260,24 @@ def _axes(value: Any, path: Path, name: str) -> Axes:
     return axes
 
 
+def _named(value: Mapping[str, Any], grid: Axes, path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The axes of a grid whose values are names, each of several arguments."""
+    named: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for axis, values in value.items():
+        if isinstance(values, Mapping):
+            entries = {str(name): _arguments(entry, path, f"{name} of {axis}") for name, entry in values.items()}
+            for name, arguments in entries.items():
+                both = sorted(arguments.keys() & (grid.keys() - {axis}))
+                if both:
+                    raise ConfigError(
+                        f"{both[0]} is an axis of {path} and an argument of {name}; it must be one of the two."
+                    )
+            named[str(axis)] = entries
+    return named
+
+
 def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(map(str, values)) if isinstance(values, (list, tuple)) else (str(values),)
+    return tuple(map(str, values)) if isinstance(values, (list, tuple, Mapping)) else (str(values),)
 
 
 def _narrowed(axis: str, values: Sequence[str]) -> tuple[str, ...]:
