@@ -29,7 +29,12 @@ def sweep(words: Sequence[str], line: str) -> int:
     arguments, more = parse_known((SweepArguments,), words, command="sweep", description=sweep.__doc__)
     try:
         return sweep_command(
-            arguments.recipe, more, output_dir=arguments.output_dir, dry_run=arguments.dry_run, command=line
+            arguments.recipe,
+            more,
+            output_dir=arguments.output_dir,
+            dry_run=arguments.dry_run,
+            table_only=arguments.table_only,
+            command=line,
         )
     except KeyboardInterrupt:
         raise InterruptedRunError from None
