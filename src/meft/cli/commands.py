@@ -31,7 +31,7 @@ class Commands:
             self.add(command)
 
     def add(self, command: Command) -> None:
-        """Adds a command, called as its function is, with hyphens; the first line of its docstring stands in `meft --help`."""
+        """Adds a command, called as its function is, with hyphens; its first line stands in `meft --help`."""
         self.known[command.__name__.replace("_", "-")] = command
 
     def run(self, words: Sequence[str], line: str) -> int:

@@ -84,7 +84,7 @@ def run_language(
 
     Args:
         output_dir: Folder for the result. An earlier one in it is replaced.
-        model_folder: A causal language model with its tokenizer; left out, what the environment's `MEFT_DEMO_MODEL` says.
+        model_folder: A causal language model with its tokenizer; left out, what `MEFT_DEMO_MODEL` says.
         methods: Names from `meft.methods.registry.WAYS`, whose weights the plain model can run.
         settings: How long, and on what.
         task: What to learn; by default the docstrings of this Python's standard library.
@@ -168,8 +168,8 @@ def find_model(given: str | Path | None) -> Path:
     )
     if not named:
         raise ConfigError(
-            f"model_name_or_path is missing, and {VARIABLE} is not set: the demo trains a language model that lies in a "
-            f"folder on this machine. {advice}"
+            f"model_name_or_path is missing, and {VARIABLE} is not set: the demo trains a language model in a folder "
+            f"of this machine. {advice}"
         )
     place = Path(named)
     if not (place / "config.json").is_file():
