@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "gamma"
+TITLE = "Distance from the plain model before training, and loss of the answer after it, by gamma"
 ZERO, LORA = "zero-shot", "lora"
 # The default first and then the furthest from it, so that what is stopped early has the two that differ most.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -322,7 +323,20 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         f"{machine['threads']} thread; {libraries}."
         for command, at, date in made
     ]
-    return "\n".join([*markdown_table(heads, lines), "", *(f"- {note}" for note in notes), "", *measured]) + "\n"
+    return (
+        "\n".join(
+            [
+                *markdown_table(heads, lines),
+                "",
+                *(f"- {note}" for note in notes),
+                "",
+                f"![{TITLE}]({NAME}.svg)",
+                "",
+                *measured,
+            ]
+        )
+        + "\n"
+    )
 
 
 def verdict(row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

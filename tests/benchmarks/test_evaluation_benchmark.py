@@ -45,3 +45,13 @@ def test_the_pages_say_what_the_results_say(script: ModuleType) -> None:
         page = (research / name).read_text(encoding="utf-8")
         assert script.fill(page, script.RESULTS) == page
         assert "<!-- end of " in page
+
+
+def test_figures_of_the_users_site_lie_within_it(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "gamma.md").write_text("| a |\n\n![Gamma](gamma.svg)\n")
+    (tmp_path / "gamma.svg").write_text("<svg/>")
+    site = tmp_path / "docs"
+    site.mkdir()
+    filled = script.fill("<!-- gamma -->\n<!-- end of gamma -->", tmp_path, site)
+    assert filled == "<!-- gamma -->\n| a |\n\n![Gamma](figures/gamma.svg)\n<!-- end of gamma -->"
+    assert (site / "figures" / "gamma.svg").read_text() == "<svg/>"

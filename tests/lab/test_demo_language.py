@@ -53,7 +53,8 @@ def test_three_ways_side_by_side(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert momentum["peak_activation_bytes"] < plain["peak_activation_bytes"]
     assert demo(tmp_path / "out", model)["methods"][0]["training_losses"] == plain["training_losses"]
     printed = capsys.readouterr()
-    assert "lora+momentum" in printed.out and "on the plain model" in printed.out
+    assert "lora+momentum" in printed.out and "plain model" in printed.out
+    assert f"lora+momentum: {momentum['answer_before']!r} before, {momentum['answer']!r} after" in printed.out
     assert language_table(found).row_count == 3
 
 

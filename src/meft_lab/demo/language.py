@@ -53,10 +53,10 @@ _ANSWER = 8  # tokens of a generated answer
 class LanguageSettings:
     """What all methods share: steps, texts a step, tokens a text, held-out texts of each label, and the seed."""
 
-    steps: int = 24
+    steps: int = 20
     batch_size: int = 8
-    max_length: int = 64
-    held_out: int = 8
+    max_length: int = 40
+    held_out: int = 6
     seed: int = 0
 
 
@@ -64,8 +64,6 @@ class LanguageSettings:
 class _Entrant:
     way: Way
     model: nn.Module
-    before: list[float]
-    answer_before: str
     optimizer: torch.optim.Optimizer
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -118,9 +116,13 @@ def run_language(
     with torch.random.fork_rng(devices=[]), progress_bar(notes) as progress:
         bar = progress.add_task("loading", total=len(methods) * (settings.steps + 2))
         entrants = []
+        plain = _load(place, settings)
+        progress.update(bar, description="before")
+        before = _mean("loss_before", _losses(plain, held_out, _fill(tokenizer), settings.batch_size))
+        before_text = {"answer_before": _answer(plain, tokenizer, task, asked, settings)}
+        del plain
         for method in methods:
-            progress.update(bar, description=f"{method}: before")
-            entrants.append(_enter(method, place, tokenizer, held_out, task, asked, settings))
+            entrants.append(_enter(method, _load(place, settings)))
             progress.advance(bar)
         for step, batch in enumerate(_batches(train, tokenizer, settings)):
             first = step % len(entrants)  # whoever goes first meets a colder cache
@@ -132,7 +134,8 @@ def run_language(
         batch = next(_batches(train, tokenizer, settings))
         for entrant in entrants:
             progress.update(bar, description=f"{entrant.way.name}: after")
-            rows.append(_row(entrant, tokenizer, held_out, batch, task, asked, settings))
+            found = _row(entrant, tokenizer, held_out, batch, task, asked, settings)
+            rows.append({"method": entrant.way.name, **before, **before_text, **found})
             progress.advance(bar)
     results: dict[str, Any] = {
         "kind": KIND,
@@ -150,6 +153,7 @@ def run_language(
     }
     write_json(folder / RESULTS_FILE, results)
     Console().print(language_table(results))
+    Console(highlight=False).print(answers(results), markup=False)
     notes.print(f"Saved {folder / RESULTS_FILE}.", soft_wrap=True)
     return results
 
@@ -182,21 +186,12 @@ def language_table(results: Mapping[str, Any]) -> Table:
     caption = (
         f"Loss of the answer on {results['held_out_texts']} docstrings of files not trained on, nats a token, ± one "
         "standard error; plain model: the trained LoRA without what was put under it. Memory: peak of the activations "
-        f"of a step of {results['settings']['batch_size']} texts. Time: median step, the methods taking turns.\n"
-        f"Asked: ...{results['question'][-90:]!r}; right: {results['right_answer']!r}"
+        f"of a step of {results['settings']['batch_size']} texts. Time: median step, the methods taking turns."
     )
     shown = Table(title=f"{results['model']} learns docstrings", caption=caption, caption_justify="left")
-    for heading in (
-        "method",
-        "loss before",
-        "after",
-        "on the plain model",
-        "peak activations",
-        "step",
-        "answer before",
-    ):
-        shown.add_column(heading, justify="left" if heading in ("method", "answer before") else "right")
-    shown.add_column("answer after")
+    shown.add_column("method", no_wrap=True)
+    for heading in ("loss before", "after", "plain model", "peak activations", "step"):
+        shown.add_column(heading, justify="right")
     for row in results["methods"]:
         shown.add_row(
             row["method"],
@@ -205,10 +200,17 @@ def language_table(results: Mapping[str, Any]) -> Table:
             _loss(row["loss_deployed"], row["loss_deployed_error"]),
             format_bytes(row["peak_activation_bytes"]),
             f"{row['step_seconds']:.2f} s",
-            repr(row["answer_before"]),
-            repr(row["answer"]),
         )
     return shown
+
+
+def answers(results: Mapping[str, Any]) -> str:
+    """The one question that was asked before and after, and what each model wrote on the plain layers."""
+    lines = [f"{results['question']}", f"  right: {results['right_answer']}"]
+    lines += [
+        f"  {row['method']}: {row['answer_before']!r} before, {row['answer']!r} after" for row in results["methods"]
+    ]
+    return "\n".join(lines)
 
 
 def _loss(value: float, error: float) -> str:
@@ -275,26 +277,19 @@ def _fill(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
 
-def _enter(
-    method: str,
-    place: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[tuple[list[int], list[int]]],
-    task: Docstrings,
-    asked: Example,
-    settings: LanguageSettings,
-) -> _Entrant:
+def _load(place: Path, settings: LanguageSettings) -> Any:
     torch.default_generator.manual_seed(settings.seed)  # the same initial weights for everyone
     # float32: a processor without arithmetic of 16 bits takes a hundred times as long in bfloat16.
-    base, _ = read_model(str(place), AutoModelForCausalLM, dtype=torch.float32)
-    check_causal(base, str(place))
-    before = _losses(base.eval(), held_out, _fill(tokenizer), settings.batch_size)
-    answer = _answer(base, tokenizer, task, asked, settings)
+    model, _ = read_model(str(place), AutoModelForCausalLM, dtype=torch.float32)
+    check_causal(model, str(place))
+    return model.eval()
+
+
+def _enter(method: str, base: Any) -> _Entrant:
     way = read_way(method)
     model = way.apply(base, "CAUSAL_LM").train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
-    return _Entrant(way, model, before, answer, optimizer)
+    return _Entrant(way, model, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01))
 
 
 def _train_step(entrant: _Entrant, batch: dict[str, Tensor], step: int, settings: LanguageSettings) -> None:
@@ -337,11 +332,8 @@ def _row(
         answer = _answer(model, tokenizer, task, asked, settings)
     trainable, total = count_parameters(model)
     return {
-        "method": entrant.way.name,
-        **_mean("loss_before", entrant.before),
         **_mean("loss", after),
         **_mean("loss_deployed", deployed),
-        "answer_before": entrant.answer_before,
         "answer": answer,
         "peak_activation_bytes": sum(causes.values()),
         "peak_activation_causes": causes,
