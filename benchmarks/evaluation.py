@@ -3,7 +3,8 @@
     meft sweep glue-minilm --data_dir glue --use_cpu
     python benchmarks/evaluation.py --sweep runs/glue-minilm
 
-copies the sweep's table beside the other results and fills the pages (docs/gamma.md too, whose figure is copied to docs/figures). A page has `<!-- name -->` and
+copies the sweep's table beside the other results and fills the pages. Figures on those of
+the users' site are copied to docs/figures. A page has `<!-- name -->` and
 `<!-- end of name -->` around the place of `results/name.md`.
 """
 

@@ -20,7 +20,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -96,6 +95,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--questions", type=int, default=100, help="held-out questions that are scored")
+    parser.add_argument("--loss_only", action="store_true", help="score right answers alone: no accuracy, in a quarter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of LoRA; adapters have twice that")
     parser.add_argument("--dtype", default="float32")
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, found: dict[str, Any]) -> Any:
     """One row a way that the result does not have yet."""
     settings = {
         name: getattr(arguments, name)
-        for name in ("task", "steps", "batch_size", "questions", "seed", "learning_rate", "dtype")
+        for name in ("task", "steps", "batch_size", "questions", "loss_only", "seed", "learning_rate", "dtype")
     } | {"model": Path(arguments.model).name}
     if found.setdefault("settings", settings) != settings:
         raise SystemExit(f"The result file has other settings: {found['settings']}. Give another --output.")
@@ -138,6 +138,10 @@ def _row(name: str, arguments: argparse.Namespace, tokenizer: Any, batches: list
     ]
     answers = [[pair for number, pair in asked if number == question] for question in range(len(held_out))]
     known = [pairs[answer] for pairs, answer in zip(answers, held_out[ANSWER], strict=True)]
+
+    def scores() -> dict[str, Any]:
+        return _losses(model, known) if arguments.loss_only else _scores(model, answers, held_out)
+
     plain = None if name in (ZERO, LORA) else _predictions(base, known)
     torch.manual_seed(arguments.seed)
     way = read_way(method, options)
@@ -151,10 +155,11 @@ def _row(name: str, arguments: argparse.Namespace, tokenizer: Any, batches: list
     if name != ZERO:
         rate = arguments.learning_rate * (1 if method != "meft1" else 2)
         row |= {"learning_rate": rate} | _train(model, way, batches, rate)
-    row |= _scores(model.eval(), answers, held_out)
+    model.eval()
+    row |= scores()
     if way.under is not None:
-        with uncoupled(model) if way.under is not None else nullcontext():
-            row |= {f"deployed_{key}": value for key, value in _scores(model, answers, held_out).items()}
+        with uncoupled(model):
+            row |= {f"deployed_{key}": value for key, value in scores().items()}
     return row
 
 
@@ -250,6 +255,12 @@ def _start(plain: Sequence[tuple[Tensor, Tensor]], coupled: Sequence[tuple[Tenso
     answer = torch.cat([tokens for _, tokens in plain])[:, None]
     divergence = nn.functional.kl_div(q, p, log_target=True, reduction="sum").item() / len(p)
     return {"start_kl": divergence, "start_loss_change": (p - q).gather(1, answer).mean().item()}
+
+
+def _losses(model: Any, known: Sequence[Pair]) -> dict[str, Any]:
+    """The loss of the right answer, question by question."""
+    losses = _of_each(model, known, lambda logs, answer: -logs.gather(1, answer[:, None]).mean().item())
+    return {"loss": fmean(losses), "by_question": {"loss": losses}}
 
 
 def _scores(model: Any, answers: Sequence[Sequence[Pair]], held_out: Any) -> dict[str, Any]:
@@ -381,7 +392,7 @@ def figure(found: Mapping[str, Any]) -> Figure:
     for row in rows:
         note = f"{row['bits']} bits"
         left.annotate(note, (row["gamma"], row["start_kl"]), (6, -4), textcoords="offset points", fontsize="small")
-    left.set(title="before training", ylabel="KL from the plain model, nats", yscale="log")
+    left.set(title="before training", ylabel="KL from the plain model, nats")
     if reference is not None:
         for prefix, style, label in (("", "o", "as trained"), ("deployed_", "s", "on the plain model")):
             both = [compared(row, reference, "loss", prefix) for row in rows]
@@ -397,6 +408,9 @@ def figure(found: Mapping[str, Any]) -> Figure:
         right.axhline(0, color="black", linewidth=0.8)
         right.legend(fontsize="small")
     right.set(title="after training (bars: two standard errors)", ylabel="loss of the answer, to LoRA's, nats")
+    if not rows:  # an axis without points has no logarithm
+        return drawn
+    left.set_yscale("log")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(gammas, [str(Fraction(gamma).limit_denominator(256)) for gamma in gammas])

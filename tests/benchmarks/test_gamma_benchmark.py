@@ -63,6 +63,11 @@ def test_every_way_is_measured_once(script: ModuleType, tmp_path: Path) -> None:
     assert "![" in text and (tmp_path / "out" / "gamma.svg").is_file()
     script.main(["--page", f"--output={tmp_path / 'out'}"])
     assert (tmp_path / "out" / "gamma.md").read_text() == text
+    # The loss alone is the same loss, from the right answers alone.
+    script.main([*words, "--loss_only", "--ways", "zero-shot", f"--output={tmp_path / 'loss'}"])
+    (alone,) = json.loads((tmp_path / "loss" / "gamma.json").read_text())["ways"]
+    assert alone["by_question"]["loss"] == pytest.approx(rows["zero-shot"]["by_question"]["loss"], rel=1e-4)
+    assert "acc" not in alone and "acc" not in (tmp_path / "loss" / "gamma.md").read_text().splitlines()[0]
     with pytest.raises(SystemExit, match="has other settings"):
         script.main([*words, "--resume", "--seed=1"])
 

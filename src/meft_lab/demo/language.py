@@ -153,7 +153,7 @@ def run_language(
     }
     write_json(folder / RESULTS_FILE, results)
     Console().print(language_table(results))
-    Console(highlight=False).print(answers(results), markup=False)
+    Console(highlight=False).print(answers(results), markup=False, soft_wrap=True)
     notes.print(f"Saved {folder / RESULTS_FILE}.", soft_wrap=True)
     return results
 
