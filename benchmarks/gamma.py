@@ -334,10 +334,12 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         f"{machine['threads']} thread; {libraries}."
         for command, at, date in made
     ]
+    kept = [place for place in range(len(heads)) if any(line[place] for line in lines)]  # what some row has
+    shown = markdown_table([heads[place] for place in kept], [[line[place] for place in kept] for line in lines])
     return (
         "\n".join(
             [
-                *markdown_table(heads, lines),
+                *shown,
                 "",
                 *(f"- {note}" for note in notes),
                 "",

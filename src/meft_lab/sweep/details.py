@@ -25,10 +25,16 @@ def standard_error(name: str, score: float | None, rows: int | None) -> float | 
 
 
 def shortened(recipe: Recipe, point: Point) -> dict[str, dict[str, Any]]:
-    """What was typed beside a recipe that makes a run shorter or longer than it says: by argument, `was` and `is`."""
+    """What was typed beside a recipe that makes a run shorter than it says: by argument, `was` and `is`."""
     own, asked = recipe.own_arguments(point), recipe.arguments_of(point)
-    names = [name for name in _LENGTHS if str(own.get(name)) != str(asked.get(name))]
-    return {name: {"was": own.get(name), "is": asked.get(name)} for name in names}
+    found = {name: {"was": own.get(name), "is": asked.get(name)} for name in _LENGTHS if name in asked}
+    return {name: both for name, both in found.items() if _less(both["is"], both["was"])}
+
+
+def _less(now: Any, before: Any) -> bool:
+    """Whether a limit is tighter than it was; what had none, -1 included, is tighter with any."""
+    limits = [float("inf") if value is None or float(value) < 0 else float(value) for value in (now, before)]
+    return limits[0] < limits[1]
 
 
 def details(table: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ def test_a_run_that_was_cut_short_says_so(tmp_path: Path, capsys: pytest.Capture
         f"  data_dir: {make_rte(tmp_path / 'RTE')}",
         "  task: rte",
         "  max_steps: 9",
+        "  num_train_epochs: 8",
         "  use_cpu: true",
         "  measure_steps: 0",
         "  disable_tqdm: true",
@@ -36,7 +37,8 @@ def test_a_run_that_was_cut_short_says_so(tmp_path: Path, capsys: pytest.Capture
         "grid: {way: {on momentum: {method: lora+momentum, gamma: 0.25}, plain: {method: lora}}}",
     ]
     recipe.write_text("\n".join(lines))
-    words = ["--max_steps", "2", "--max_eval_samples", "5", "--way", "on momentum"]
+    # Longer than the recipe says is not cut short.
+    words = ["--max_steps", "2", "--max_eval_samples", "5", "--num_train_epochs", "9", "--way", "on momentum"]
     assert sweep_command(str(recipe), words, output_dir=str(tmp_path / "out"), command="meft sweep") == 0
     capsys.readouterr()
     found = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -57,7 +59,7 @@ def test_a_run_that_was_cut_short_says_so(tmp_path: Path, capsys: pytest.Capture
     # The table alone, written anew: nothing is run.
     for name in ("table.md", "table.json"):
         (tmp_path / "out" / name).unlink()
-    assert sweep_command(str(recipe), words[:4], output_dir=str(tmp_path / "out"), table_only=True) == 0
+    assert sweep_command(str(recipe), words[:6], output_dir=str(tmp_path / "out"), table_only=True) == 0
     assert "cut short: max_steps 2" in capsys.readouterr().out
     assert not (tmp_path / "out" / "plain").exists()
 
