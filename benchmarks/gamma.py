@@ -299,7 +299,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     settings, ways = found["settings"], found["ways"]
     reference = next((row for row in ways if row["way"] == LORA), None)
     heads = ["", "bits a layer", "start: KL, nats", "start: loss", "acc", "acc_norm", "loss of the answer", "to lora"]
-    heads += ["on the plain model: acc_norm", "loss", "to lora", "peak activations", "step"]
+    heads += ["plain model: acc_norm", "plain model: loss", "plain model: to lora", "peak activations", "step"]
     lines = []
     for row in ways:
         line = [
@@ -321,6 +321,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         f"{settings['batch_size']} questions, seed {settings['seed']}, LoRA of rank 8 at a rate of "
         f"{settings['learning_rate']:g}; {settings['questions']} held-out questions.",
         "Losses in nats a token, mean over the questions.",
+        "One seed: what another would change is in none of the errors.",
         "±: one standard error over the questions; 'to lora': mean of the differences question by question, in nats.",
         "Cut short for time: the recipe qa-smollm2 takes 200 steps and all questions. Times are of a busy machine.",
         *([f"Not run, for time: {', '.join(missing)}."] if missing else []),

@@ -53,7 +53,7 @@ def assemble(folder: Path, wheels: Path | None = None) -> Path:
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     tokenizer.save_pretrained(folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 
