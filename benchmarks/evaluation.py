@@ -3,7 +3,8 @@
     meft sweep glue-minilm --data_dir glue --use_cpu
     python benchmarks/evaluation.py --sweep runs/glue-minilm
 
-copies the sweep's table beside the other results and fills the pages. A page has `<!-- name -->` and
+copies the sweep's table beside the other results and fills the pages. Figures on those of
+the users' site are copied to docs/figures. A page has `<!-- name -->` and
 `<!-- end of name -->` around the place of `results/name.md`.
 """
 
@@ -19,8 +20,8 @@ from meft.storage.files import write_text
 from meft_lab.cli.sweep import TABLE_FILES
 
 HERE = Path(__file__).resolve().parent
-RESULTS, RESEARCH = HERE / "results", HERE.parent / "research"
-PAGES = ("evaluation.md", "deploying.md")
+RESULTS, RESEARCH, DOCS = HERE / "results", HERE.parent / "research", HERE.parent / "docs"
+PAGES = (RESEARCH / "evaluation.md", RESEARCH / "deploying.md", DOCS / "gamma.md")
 _PLACE = re.compile(r"<!-- (?P<name>[\w/-]+) -->\n.*?<!-- end of (?P=name) -->", re.DOTALL)
 _IMAGE = re.compile(r"\]\(([\w-]+\.svg)\)")
 
@@ -31,9 +32,9 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.sweep is not None:
         take_over(arguments.sweep, RESULTS)
-    for name in PAGES:
-        path = RESEARCH / name
-        write_text(path, fill(path.read_text(encoding="utf-8"), RESULTS))
+    for path in PAGES:
+        # The users' site is built of docs/ alone, so a figure on one of its pages lies there.
+        write_text(path, fill(path.read_text(encoding="utf-8"), RESULTS, DOCS if path.parent == DOCS else None))
 
 
 def take_over(folder: Path, results: Path) -> None:
@@ -47,8 +48,14 @@ def take_over(folder: Path, results: Path) -> None:
         write_text(place / name, (folder / name).read_text(encoding="utf-8"))
 
 
-def fill(page: str, results: Path) -> str:
-    """Replaces what stands at each place of a page by the results of that name, their headings left out."""
+def fill(page: str, results: Path, site: Path | None = None) -> str:
+    """Replaces what stands at each place of a page by the results of that name, their headings left out.
+
+    Args:
+        page: The page's text.
+        results: Where the results are.
+        site: The folder of a site that the page belongs to; the figures are copied to its `figures`.
+    """
 
     def filled(place: re.Match[str]) -> str:
         name = place["name"]
@@ -56,7 +63,14 @@ def fill(page: str, results: Path) -> str:
         if not path.is_file():
             raise DataError(f"{path}, which the page has a place for, does not exist. Run what writes it first.")
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
-        text = _IMAGE.sub(rf"](../benchmarks/results/{path.parent.relative_to(results)}/\1)", "\n".join(lines).strip())
+        text = "\n".join(lines).strip()
+        if site is None:
+            text = _IMAGE.sub(rf"](../benchmarks/results/{path.parent.relative_to(results)}/\1)", text)
+        else:
+            (site / "figures").mkdir(exist_ok=True)
+            for image in _IMAGE.findall(text):
+                write_text(site / "figures" / image, (path.parent / image).read_text(encoding="utf-8"))
+            text = _IMAGE.sub(r"](figures/\1)", text)
         return f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
 
     return _PLACE.sub(filled, page)

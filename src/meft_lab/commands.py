@@ -12,8 +12,8 @@ from meft.errors import InterruptedRunError
 
 
 def add_commands(commands: Any) -> None:
-    """Adds sweep, study, families and demo to the command line."""
-    for command in (sweep, study, demo, families):
+    """Adds sweep, study, demo, demo-llm and families to the command line."""
+    for command in (sweep, study, demo, demo_llm, families):
         commands.add(command)
 
 
@@ -29,7 +29,12 @@ def sweep(words: Sequence[str], line: str) -> int:
     arguments, more = parse_known((SweepArguments,), words, command="sweep", description=sweep.__doc__)
     try:
         return sweep_command(
-            arguments.recipe, more, output_dir=arguments.output_dir, dry_run=arguments.dry_run, command=line
+            arguments.recipe,
+            more,
+            output_dir=arguments.output_dir,
+            dry_run=arguments.dry_run,
+            table_only=arguments.table_only,
+            command=line,
         )
     except KeyboardInterrupt:
         raise InterruptedRunError from None
@@ -53,6 +58,25 @@ def demo(words: Sequence[str], line: str) -> None:
 
     (arguments,) = parse((DemoArguments,), words, command="demo", description=demo.__doc__)
     run(arguments.output_dir, seed=arguments.seed, command=line, **arguments.chosen())
+
+
+def demo_llm(words: Sequence[str], line: str) -> None:
+    """Train a language model of this machine by LoRA, plain, checkpointed and reversible; needs no network."""
+    from dataclasses import replace
+
+    from meft.parsing import parse
+    from meft_lab.cli.demo import LanguageDemoArguments
+    from meft_lab.demo.language import METHODS, LanguageSettings, run_language
+
+    (arguments,) = parse((LanguageDemoArguments,), words, command="demo-llm", description=demo_llm.__doc__)
+    settings = LanguageSettings(seed=arguments.seed)
+    run_language(
+        arguments.output_dir,
+        arguments.model_name_or_path,
+        arguments.names() or METHODS,
+        settings=replace(settings, steps=arguments.steps) if arguments.steps else settings,
+        command=line,
+    )
 
 
 def families(words: Sequence[str], line: str) -> int:

@@ -39,9 +39,21 @@ def test_missing_results_are_named(script: ModuleType, tmp_path: Path) -> None:
         script.take_over(tmp_path, tmp_path)
 
 
-def test_the_pages_say_what_the_results_say(script: ModuleType) -> None:
-    research = script.RESULTS.parent.parent / "research"
-    for name in ("evaluation.md", "deploying.md"):
-        page = (research / name).read_text(encoding="utf-8")
-        assert script.fill(page, script.RESULTS) == page
+def test_the_pages_say_what_the_results_say(script: ModuleType, tmp_path: Path) -> None:
+    for path in script.PAGES:
+        page = path.read_text(encoding="utf-8")
+        of_the_site = path.parent == script.DOCS
+        assert script.fill(page, script.RESULTS, tmp_path if of_the_site else None) == page
         assert "<!-- end of " in page
+    for copy in (tmp_path / "figures").iterdir():
+        assert (script.DOCS / "figures" / copy.name).read_text() == copy.read_text()
+
+
+def test_figures_of_the_users_site_lie_within_it(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "gamma.md").write_text("| a |\n\n![Gamma](gamma.svg)\n")
+    (tmp_path / "gamma.svg").write_text("<svg/>")
+    site = tmp_path / "docs"
+    site.mkdir()
+    filled = script.fill("<!-- gamma -->\n<!-- end of gamma -->", tmp_path, site)
+    assert filled == "<!-- gamma -->\n| a |\n\n![Gamma](figures/gamma.svg)\n<!-- end of gamma -->"
+    assert (site / "figures" / "gamma.svg").read_text() == "<svg/>"

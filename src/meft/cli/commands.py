@@ -31,8 +31,8 @@ class Commands:
             self.add(command)
 
     def add(self, command: Command) -> None:
-        """Adds a command, called as its function is; the first line of its docstring stands in `meft --help`."""
-        self.known[command.__name__] = command
+        """Adds a command, called as its function is, with hyphens; its first line stands in `meft --help`."""
+        self.known[command.__name__.replace("_", "-")] = command
 
     def run(self, words: Sequence[str], line: str) -> int:
         """Runs a command line without the program's name, and returns the exit code.

@@ -15,6 +15,7 @@ from meft.storage.figures import save_figure
 from meft.storage.files import write_json, write_text
 from meft.storage.results import provenance
 from meft.storage.terminal import progress_bar
+from meft_lab.checkout import commit
 from meft_lab.sweep import Outcome, Recipe, Run, Sweep, csv_text, load_recipe, markdown, table_of
 from meft_lab.sweep.figure import scores_figure
 
@@ -32,10 +33,17 @@ class SweepArguments:
     )
     output_dir: str | None = option("Folder of all runs. Left out: runs/<recipe>.")
     dry_run: bool = option("List the runs, and run none.", False)
+    table_only: bool = option("Write the table of what is finished, and run nothing.", False)
 
 
 def sweep_command(
-    recipe: str, words: Sequence[str] = (), *, output_dir: str | None = None, dry_run: bool = False, command: str = ""
+    recipe: str,
+    words: Sequence[str] = (),
+    *,
+    output_dir: str | None = None,
+    dry_run: bool = False,
+    table_only: bool = False,
+    command: str = "",
 ) -> int:
     """Runs `meft sweep`.
 
@@ -48,6 +56,7 @@ def sweep_command(
         words: What was typed beside it: `--name value ...`.
         output_dir: The folder of the sweep; `runs/<recipe>` when left out.
         dry_run: List the runs, and run none.
+        table_only: Write the table of what is finished, and run none.
         command: The command line, for the records.
 
     Returns:
@@ -66,6 +75,9 @@ def sweep_command(
         _list_runs(sweep)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
+    if table_only:
+        print(_write(chosen, sweep.outcome(), folder, command), end="")
+        return 0
     with progress_bar(notes, remaining=False) as progress:
         bar = progress.add_task(chosen.name, total=sweep.planned(), completed=len(sweep.outcome().finished))
 
@@ -106,7 +118,7 @@ def typed_values(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _write(recipe: Recipe, outcome: Outcome, folder: Path, command: str) -> str:
-    table = table_of(recipe, outcome) | provenance(command)
+    table = table_of(recipe, outcome) | provenance(command) | {"commit": commit()}
     text = markdown(table)
     write_json(folder / "table.json", table)
     write_text(folder / "table.md", text)

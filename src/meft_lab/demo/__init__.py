@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from meft.errors import ConfigError, MissingPackageError, OutputFolderError
+from meft.errors import ConfigError, MissingPackageError
 from meft.methods.registry import NAMED, WAYS
-from meft.storage.files import STAGING_PREFIX, is_kind, publish_files, staged, write_json
+from meft.storage.files import publish_files, staged, write_json
 from meft.storage.results import provenance
 from meft_lab.tasks.docstrings import Docstrings, collect
 
+from .folder import claim
 from .report import FIGURE_FILE, KIND, RESULTS_FILE, describe, draw, memory_table, progress_bar, table
 from .training import Settings, compete, rows_of, units
 
@@ -68,7 +69,7 @@ def run(
     """
     settings = Settings(steps, batch_size, max_length, seed)
     _check(settings, methods)
-    folder = _claim(Path(output_dir))
+    folder = claim(Path(output_dir), KIND, RESULTS_FILE, FIGURE_FILE)
     pretrained = Path(model_folder) if model_folder is not None else packaged_model()
     task = task or collect()
     notes = Console(stderr=True, highlight=False)
@@ -125,29 +126,3 @@ def _check(settings: Settings, methods: Sequence[str]) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least {least} ({getattr(Settings, name)} is usual).")
     if settings.seed > MAX_SEED:
         raise ConfigError(f"seed is {settings.seed}; it must be at most {MAX_SEED} ({Settings.seed} is usual).")
-
-
-def _claim(folder: Path) -> Path:
-    """Makes the folder, or sees that what it holds is an earlier demo; changes no file in it."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"output_dir is {str(folder)!r}, which is a file. Choose another --output_dir.")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if RESULTS_FILE in names:
-        ours = is_kind(folder / RESULTS_FILE, KIND)
-    else:
-        ours = all(name == FIGURE_FILE or name.startswith(STAGING_PREFIX) for name in names)
-    if not ours:
-        listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-        raise OutputFolderError(
-            f"output_dir is {str(folder)!r}, which holds files that are no earlier demo ({listed}). Nothing was "
-            "changed. Choose a folder that is new or empty with --output_dir."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with staged(folder, "demo"):  # better refused now than after minutes of training
-            pass
-    except OSError as error:
-        raise OutputFolderError(
-            f"output_dir is {str(folder)!r}, which cannot be written to ({error}). Choose another --output_dir."
-        ) from error
-    return folder

@@ -8,7 +8,7 @@ A recipe has these keys; `arguments`, `grid` and `seeds` are enough for most:
       num_train_epochs: 10
     grid:                            # every combination is run
       task: [rte, mrpc]
-      method: [full, lora, meft1]
+      method: [full, lora, meft1]    # or names of several arguments: way: {near: {method: meft1, lam: 0.01}, ...}
     special:                         # other arguments for some of them; a later entry wins, null takes one away
       - when: {task: mrpc, method: [lora, meft1]}
         arguments: {num_train_epochs: 20}
@@ -16,6 +16,9 @@ A recipe has these keys; `arguments`, `grid` and `seeds` are enough for most:
       among: {learning_rate: [3e-4, 5e-4]}
       per: [task, method]            # one choice for each of these; left out: for each combination of the grid
       on: {task: [mrpc]}             # look at these runs only; left out: at all
+      narrow:                        # fewer values for some of them
+        - when: {task: rte}
+          among: {learning_rate: [5e-4]}
     seeds: [0, 1, 2]
     metric: accuracy                 # what is compared; left out: each task's first metric
     table: {rows: [method], columns: [task]}
@@ -66,14 +69,23 @@ class Special:
 
 @dataclass(frozen=True)
 class Choice:
-    """Values to be chosen: `among` these, one choice a combination of the axes `per`, looking at the runs `on`."""
+    """Values to be chosen: `among` these, one choice a combination of the axes `per`, looking at the runs `on`.
+
+    `narrow` has fewer values for the points that have one of the values in `when`, axis by axis.
+    """
 
     among: Axes
     per: tuple[str, ...]
     on: Axes = field(default_factory=dict)
+    narrow: tuple[tuple[Axes, Axes], ...] = ()
 
-    def candidates(self) -> list[Point]:
-        return points(self.among)
+    def candidates(self, point: Point) -> list[Point]:
+        """What is chosen among at a point of the grid."""
+        among = dict(self.among)
+        for when, fewer in self.narrow:
+            if all(point[axis] in values for axis, values in when.items()):
+                among |= fewer
+        return points(among)
 
     def group(self, point: Point) -> tuple[str, ...]:
         return tuple(point[axis] for axis in self.per)
@@ -91,6 +103,7 @@ class Recipe:
         description: What the recipe reproduces.
         arguments: Arguments of `meft train` for every run.
         grid: Axes whose every combination is run.
+        named: What the values of an axis stand for, where they are names of arguments: by axis and value.
         special: Further arguments for some of the runs, in the order in which they are applied.
         choice: What is chosen on the first seed, if anything.
         seeds: Seeds of the runs.
@@ -105,6 +118,7 @@ class Recipe:
     description: str
     arguments: Mapping[str, Any]
     grid: Axes
+    named: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     special: tuple[Special, ...] = ()
     choice: Choice | None = None
     seeds: tuple[int, ...] = (0,)
@@ -125,12 +139,18 @@ class Recipe:
 
     def arguments_of(self, point: Point) -> dict[str, Any]:
         """The arguments of `meft train` at a point of the grid and of what is chosen, without seed and folder."""
-        values: dict[str, Any] = {**self.arguments, **point}
+        values = {**self.own_arguments(point), **self.typed}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def own_arguments(self, point: Point) -> dict[str, Any]:
+        """The same as the recipe has them, without what was typed beside it."""
+        values: dict[str, Any] = dict(self.arguments)
+        for axis, value in point.items():
+            values |= self.named[axis][value] if axis in self.named else {axis: value}
         for special in self.special:
             if special.applies_to(point):
                 values |= special.arguments
-        values |= self.typed
-        return {name: value for name, value in values.items() if value is not None}
+        return values
 
 
 def points(axes: Axes) -> list[Point]:
@@ -174,6 +194,7 @@ def load_recipe(given: str, typed: Mapping[str, Sequence[str]] | None = None) ->
     content = read_mapping(path)
     _known(content, _KEYS, f"{path} has the unknown key")
     grid = _axes(content.get("grid") or {}, path, "grid")
+    named = _named(content.get("grid") or {}, grid, path)
     choice = _choice(content.get("choose"), grid, path)
     arguments = _arguments(content.get("arguments") or {}, path, "arguments")
     special = tuple(_special(entry, grid, choice, path) for entry in _entries(content.get("special"), path))
@@ -185,7 +206,8 @@ def load_recipe(given: str, typed: Mapping[str, Sequence[str]] | None = None) ->
         among = {axis: _narrowed(axis, typed.pop(axis, values)) for axis, values in choice.among.items()}
         # Narrowed to other tasks than those that a choice looks at, it looks at those there are.
         on = {axis: tuple(value for value in values if value in grid[axis]) for axis, values in choice.on.items()}
-        choice = Choice(among, choice.per, {axis: values for axis, values in on.items() if values})
+        narrow = tuple((when, _kept(fewer, among)) for when, fewer in choice.narrow)
+        choice = Choice(among, choice.per, {axis: values for axis, values in on.items() if values}, narrow)
     for name in _OWN:
         if name in typed:
             raise ConfigError(f"--{name} cannot be typed beside a recipe: every run has its own. {_HINTS[name]}")
@@ -198,6 +220,7 @@ def load_recipe(given: str, typed: Mapping[str, Sequence[str]] | None = None) ->
         description=str(content.get("description", "")),
         arguments=arguments,
         grid=grid,
+        named=named,
         special=special,
         choice=choice,
         seeds=seeds,
@@ -254,8 +277,24 @@ def _axes(value: Any, path: Path, name: str) -> Axes:
     return axes
 
 
+def _named(value: Mapping[str, Any], grid: Axes, path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The axes of a grid whose values are names, each of several arguments."""
+    named: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for axis, values in value.items():
+        if isinstance(values, Mapping):
+            entries = {str(name): _arguments(entry, path, f"{name} of {axis}") for name, entry in values.items()}
+            for name, arguments in entries.items():
+                both = sorted(arguments.keys() & (grid.keys() - {axis}))
+                if both:
+                    raise ConfigError(
+                        f"{both[0]} is an axis of {path} and an argument of {name}; it must be one of the two."
+                    )
+            named[str(axis)] = entries
+    return named
+
+
 def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(map(str, values)) if isinstance(values, (list, tuple)) else (str(values),)
+    return tuple(map(str, values)) if isinstance(values, (list, tuple, Mapping)) else (str(values),)
 
 
 def _narrowed(axis: str, values: Sequence[str]) -> tuple[str, ...]:
@@ -304,7 +343,7 @@ def _choice(value: Any, grid: Axes, path: Path) -> Choice | None:
     if value is None:
         return None
     entry = _mapping(value, path, "choose")
-    _known(entry, ("among", "per", "on"), f"choose in {path} has the unknown key")
+    _known(entry, ("among", "per", "on", "narrow"), f"choose in {path} has the unknown key")
     among = _axes(entry.get("among") or {}, path, "among")
     if not among:
         raise ConfigError(f"choose in {path} has nothing to choose among. Give 'among: {{learning_rate: [...]}}'.")
@@ -325,7 +364,26 @@ def _choice(value: Any, grid: Axes, path: Path) -> Choice | None:
                 f"choose in {path} looks at some values of {axis} only but chooses for every one of them. Leave "
                 f"{axis} out of 'per' or of 'on'."
             )
-    return Choice(among, per, on)
+    return Choice(among, per, on, tuple(_fewer(one, grid, among, per, path) for one in entry.get("narrow") or ()))
+
+
+def _fewer(value: Any, grid: Axes, among: Axes, per: Sequence[str], path: Path) -> tuple[Axes, Axes]:
+    entry = _mapping(value, path, "an entry of narrow")
+    _known(entry, ("when", "among"), f"an entry of narrow in {path} has the unknown key")
+    when, fewer = (_axes(entry.get(key) or {}, path, key) for key in ("when", "among"))
+    for known, given in (({axis: grid[axis] for axis in per}, when), (among, fewer)):
+        for axis, values in given.items():
+            if axis not in known:
+                raise ConfigError(f"narrow names {axis!r} in {path}; it must be one of {', '.join(known)}.")
+            wrong = [name for name in values if name not in known[axis]]
+            if wrong:
+                raise ConfigError(f"narrow says {axis}: {wrong[0]} in {path}; it must be {', '.join(known[axis])}.")
+    return when, fewer
+
+
+def _kept(fewer: Axes, among: Axes) -> Axes:
+    """The narrowed axes that what was typed has left as they are; one that was typed means what it says."""
+    return {axis: values for axis, values in fewer.items() if set(values) <= set(among[axis])}
 
 
 def _seeds(values: Any, path: Path) -> tuple[int, ...]:

@@ -17,19 +17,21 @@ import torch
 
 from meft.errors import BusyFolderError, ConfigError, MeftError, OutputFolderError
 from meft.parsing import as_words, parse
-from meft.storage.files import read_json
+from meft.storage.files import read_json, write_json
 from meft.training import RESULTS_FILE, TRAIN_TYPES, train
 from meft.training.arguments import flat
 from meft.training.kinds import check_options
 from meft.training.kinds.base import Say, say_nothing
 from meft.training.runs import differences
 
+from ..checkout import commit
 from .recipe import Choice, Point, Recipe
 
 _UNSAFE = str.maketrans({character: "-" for character in '/\\:*?"<>| '})
 # What is counted of rows that were not used as they are.
 LOST = {"truncated_rows": "cut", "skipped_rows": "left out"}
 DEPLOYED = "deployed_"
+COMMIT_FILE = "commit.json"
 _WAIT = 10.0  # seconds between looks at a run that another process is at
 
 
@@ -57,6 +59,11 @@ class Run:
         """The words after `meft train`."""
         own = {"seed": self.seed, "output_dir": str(self.folder)}
         return as_words({**self.arguments, **own}, TRAIN_TYPES, self.title)
+
+    def commit(self) -> str | None:
+        """The commit of the code that the finished run was made with; `None` where it is not known."""
+        path = self.folder / COMMIT_FILE
+        return read_json(path)["commit"] if path.is_file() else None
 
     def results(self) -> dict[str, Any] | None:
         """What the finished run found; `None` before it is finished."""
@@ -116,7 +123,7 @@ class Sweep:
         if choice is None:
             return len(points) * len(self.recipe.seeds)
         looked_at = [point for point in points if choice.looks_at(point)]
-        return len(points) * len(self.recipe.seeds) + len(looked_at) * (len(choice.candidates()) - 1)
+        return len(points) * len(self.recipe.seeds) + sum(len(choice.candidates(point)) - 1 for point in looked_at)
 
     def run(self, finished_one: Callable[[], None], *, command: str = "") -> Outcome:
         """Runs what is not finished: first what a choice looks at, then, with what was chosen, everything else.
@@ -170,7 +177,7 @@ class Sweep:
         choice = self.recipe.choice
         if choice is None:
             return [self._make(point, seed)]
-        return [self._make({**point, **values}, seed) for values in choice.candidates()]
+        return [self._make({**point, **values}, seed) for values in choice.candidates(point)]
 
     def _final(self, chosen: Mapping[tuple[str, ...], Point]) -> list[Run]:
         choice, found = self.recipe.choice, []
@@ -194,7 +201,7 @@ class Sweep:
 
     def _best(self, choice: Choice, points: Sequence[Point]) -> Point | None:
         scores: list[tuple[float, Point]] = []
-        for values in choice.candidates():
+        for values in choice.candidates(points[0]):
             runs = [self._make({**point, **values}, self.recipe.seeds[0]) for point in points]
             results = [self._finished(run) for run in runs]
             if any(found is None and run.title not in self._failed for run, found in zip(runs, results, strict=True)):
@@ -263,6 +270,7 @@ class Sweep:
             return True
         finally:
             _forget()
+        write_json(run.folder / COMMIT_FILE, {"commit": commit()})
         if not self.recipe.keep_models:
             _remove_models(run.folder)
         score = score_of(found, self.recipe.metric)

@@ -11,10 +11,13 @@ from typing import Any
 from meft.storage import results
 from meft.storage.terminal import markdown_table
 
+from .details import details, shortened
 from .recipe import Recipe, name_of, row_names
 from .runs import LOST, Outcome, Run, lost_rows, score_of
 
 MEAN = "mean"
+_OF_A_RUN = ("metrics", "deployed_metrics", "steps", "rows", *LOST, "start", "settings", "peak_activation_bytes")
+_OF_A_RUN += ("step_time_ratio", "trainable_parameters", "command", "started", "finished")
 Found = dict[str, tuple[Run, dict[str, Any]]]
 
 
@@ -70,7 +73,7 @@ def markdown(table: Mapping[str, Any]) -> str:
             ratio = row["step_time_ratio"]
             cells += [results.format_bytes(row["peak_activation_bytes"]), "" if ratio is None else f"{ratio:.2f}"]
         rows.append(cells)
-    return "\n".join([*markdown_table(heads, rows), "", *_notes(table, measured)]) + "\n"
+    return "\n".join([*markdown_table(heads, rows), "", *_notes(table, measured), "", *details(table)]).rstrip() + "\n"
 
 
 def csv_text(table: Mapping[str, Any]) -> str:
@@ -139,7 +142,10 @@ def _run(recipe: Recipe, run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "point": run.point,
         "seed": run.seed,
         "score": score_of(found, recipe.metric),
-        **{name: found.get(name) for name in ("metrics", "steps", "rows", *LOST, "started", "finished")},
+        **{name: found.get(name) for name in _OF_A_RUN},
+        "validation_rows": sum(n for split, n in (found.get("rows") or {}).items() if split.startswith("validation")),
+        "shortened": shortened(recipe, run.point),
+        "commit": run.commit(),
     }
 
 

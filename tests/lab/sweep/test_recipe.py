@@ -51,7 +51,7 @@ def test_what_is_typed_narrows_an_axis_or_wins_over_every_argument(tmp_path: Pat
     recipe = load(tmp_path, "--method lora --num_train_epochs=7 --seeds 5,6 7 --learning_rate 1e-2 --bf16")
     assert recipe.grid == {"task": ("rte", "mrpc"), "method": ("lora",)}
     assert recipe.seeds == (5, 6, 7)
-    assert recipe.choice is not None and recipe.choice.candidates() == [{"learning_rate": "1e-2"}]
+    assert recipe.choice is not None and recipe.choice.candidates(recipe.points()[0]) == [{"learning_rate": "1e-2"}]
     assert [recipe.arguments_of(point)["num_train_epochs"] for point in recipe.points()] == ["7", "7"]
     assert recipe.arguments_of(recipe.points()[0])["bf16"] == "true"
 
@@ -65,7 +65,37 @@ def test_narrowed_past_what_a_choice_looks_at_it_looks_at_what_there_is(tmp_path
 def test_one_choice_for_each_point_unless_it_says_otherwise(tmp_path: Path) -> None:
     recipe = load(tmp_path, choose={"among": {"learning_rate": [1, 2], "weight_decay": [0, 1]}})
     assert recipe.choice is not None
-    assert recipe.choice.per == ("task", "method") and len(recipe.choice.candidates()) == 4
+    assert recipe.choice.per == ("task", "method") and len(recipe.choice.candidates(recipe.points()[0])) == 4
+
+
+def test_a_choice_may_be_narrowed_for_some_of_the_points(tmp_path: Path) -> None:
+    narrow = [{"when": {"task": "rte"}, "among": {"rate": [1]}}]
+    choose = {"among": {"rate": [1, 2], "size": [3, 4]}, "narrow": narrow}
+    recipe = load(tmp_path, choose=choose)
+    assert recipe.choice is not None
+    counts = {point["task"]: len(recipe.choice.candidates(point)) for point in recipe.points()}
+    assert counts == {"rte": 2, "mrpc": 4}
+    # What is typed means what it says.
+    typed = load(tmp_path, "--rate 2", choose=choose)
+    assert typed.choice is not None
+    assert {point["rate"] for grid in typed.points() for point in typed.choice.candidates(grid)} == {"2"}
+
+
+def test_the_values_of_an_axis_may_be_names_of_several_arguments(tmp_path: Path) -> None:
+    ways = {"near": {"method": "meft1", "lam": 0.01, "num_train_epochs": 5}, "lora": {"method": "lora"}}
+    recipe = load(tmp_path, grid=recipe_grid(ways), special=None, choose=None)
+    near, lora = map(recipe.arguments_of, recipe.points())
+    assert recipe.row_names() == ["near", "lora"]
+    expected = {"model_name_or_path": "somewhere", "task": "rte", "method": "meft1", "lam": 0.01}
+    assert near == expected | {"num_train_epochs": 5}
+    assert lora["method"] == "lora" and lora["num_train_epochs"] == 1 and "way" not in lora
+    narrowed = load(tmp_path, "--way lora --num_train_epochs 2", grid=recipe_grid(ways), special=None, choose=None)
+    assert [narrowed.arguments_of(point)["num_train_epochs"] for point in narrowed.points()] == ["2"]
+    assert narrowed.row_names() == ["lora"]
+
+
+def recipe_grid(ways: dict[str, Any]) -> dict[str, Any]:
+    return {"task": ["rte"], "way": ways}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +117,16 @@ def test_one_choice_for_each_point_unless_it_says_otherwise(tmp_path: Path) -> N
         ({"choose": {"among": {"a": [1]}, "per": ["model"]}}, "choose names 'model'"),
         ({"choose": {"among": {"a": [1]}, "on": {"task": ["x"]}}}, "on says task: x"),
         ({"choose": {"among": {"a": [1]}, "on": {"task": ["rte"]}}}, "chooses for every one of them"),
+        ({"grid": {"way": {"a": 5}}, "special": None, "choose": None}, "a of way of .* is 5; it must be lines such as"),
+        (
+            {"grid": {"task": ["x"], "way": {"a": {"task": "y"}}}, "special": None, "choose": None},
+            "task is an axis .* a;",
+        ),
+        (
+            {"choose": {"among": {"a": [1]}, "narrow": [{"when": {"model": "x"}}]}},
+            "narrow names 'model' .* task, method",
+        ),
+        ({"choose": {"among": {"a": [1]}, "narrow": [{"among": {"a": [2]}}]}}, "narrow says a: 2 .* it must be 1"),
         ({"seeds": []}, "seeds of .* must be a list of different whole numbers"),
         ({"seeds": ["one"]}, "seeds of .* must be a list of different whole numbers"),
         ({"seeds": [-1]}, "whole numbers from 0 on"),
