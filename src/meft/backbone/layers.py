@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
-from meft.engine.engine import LayerCall, finish, readout, run_layer
+from meft.engine.engine import Function, LayerCall, finish, readout, run_layer
 from meft.engine.replay import RngState
 from meft.engine.sharding import check_sharding
+from meft.engine.stages import Chain
 from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import behind, beside
@@ -42,6 +43,7 @@ from .foreign import check_transforms
 from .patching import Patched
 from .recording import records
 from .stack import Placement, ReversibleStack
+from .staging import chain_of, staged
 from .standin import StandIn
 
 logger = logging.get_logger(__name__)
@@ -280,7 +282,7 @@ class ReversibleLayer(StandIn):
         tiles: dict[str, int] = {}
         if coupling.splits:
             split = split_of(self.pretrained, placement.name)
-            functions = {
+            functions: dict[str, Function | Chain] = {
                 "F": call.function("F", self._attention(split, placement, runner)),
                 "G": call.function("G", self._feed_forward(split, placement, runner), main=False),
             }
@@ -289,7 +291,9 @@ class ReversibleLayer(StandIn):
                 tiles["G"] = tile
         else:
             main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
-            functions = {main: call.function(main, self._whole(placement, runner))}
+            compiled = compiler is not None or any(map(is_compiled, modules))
+            chain = None if compiled else self._chain(placement, call, hidden, modules)
+            functions = {main: call.function(main, self._whole(placement, runner)) if chain is None else chain}
             alone = placement.adapter("function")
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
@@ -297,6 +301,29 @@ class ReversibleLayer(StandIn):
         parameters = tuple(own.values())
         compiled = compiler is not None or any(map(is_compiled, modules))
         return LayerCall(functions, parameters, call.outside, modules, call.tensors, tiles, vet, compiled)
+
+    def _chain(
+        self, placement: Placement, call: CallArguments, hidden: Tensor, modules: tuple[nn.Module, ...]
+    ) -> Chain | None:
+        """The layer in stages, where it is long enough for them to be of use and can be run so."""
+        plan, layer = placement.reversible_stack.plan, self.pretrained
+        tile = plan.stage_tile(hidden.shape[:-1].numel())
+        if tile is None or not torch.is_grad_enabled() or recording() or not tokenwise(layer):
+            return None
+        found = staged(layer, [module for module in modules if module is not self])
+        if isinstance(found, str):
+            return None
+        adapter = placement.adapter("feed_forward")
+        ends = None if adapter is None else feed_forward_of(layer, placement.name, plan.feedforward_module)
+        return chain_of(
+            layer,
+            *found,
+            call,
+            hidden.shape,
+            tile,
+            nullcontext if ends is None else partial(beside, *ends, adapter, placement.name),
+            placement.adapter("layer"),
+        )
 
     def _whole(self, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module

@@ -28,6 +28,9 @@ class Architecture:
         children: names of all children that a layer of this class may have; a layer with another one is not split,
             since the blocks would leave it out.
         refuses: (layer) -> why this layer of the class does not split, or None if it does.
+        halves: the two blocks as `residual.Sublayer`s, where they are, for the stages of the layer.
+        withheld: arguments of the layer that its attention does not get.
+        extras: whether its attention gets the arguments that its `forward` does not name.
     """
 
     feed_forward_entry: str
@@ -37,6 +40,9 @@ class Architecture:
     feed_forward_block: Callable[[Any, Tensor], Tensor]
     children: frozenset[str]
     refuses: Callable[[Any], str | None] = lambda layer: None
+    halves: tuple[Any, Any] | None = None
+    withheld: tuple[str, ...] = ()
+    extras: bool = True
 
 
 def rows(architecture: Architecture, *layers: str) -> dict[str, Architecture]:
