@@ -550,9 +550,12 @@ class _Sum:
         self.shape = shape
         self.total: Tensor | None = None
 
+    def whole(self, part: slice | None) -> bool:
+        return part is None or part.stop - part.start == self.shape[:-1].numel()
+
     def add(self, part: slice | None, piece: Tensor) -> None:
-        if part is None or part.stop - part.start == self.shape[:-1].numel():
-            self.total = _added(self.total, piece)
+        if part is None or self.whole(part):
+            self.total = piece
             return
         if self.total is None:
             self.total = piece.new_zeros(self.shape)
@@ -575,6 +578,9 @@ def _differentiate(
     wanted = (*pending.leaves, *run.leaves, *own)
     if not known or not wanted:
         return [None] * len(run.leaves)
+    if own and run.entry is not None and read.total is not None and read.whole(part):
+        # The sum goes on where the stage above left it, as in one graph: norms may read the stream more than once.
+        known.append((run.entry, read.total))
     with explained():
         found = torch.autograd.grad([edge for edge, _ in known], wanted, [g for _, g in known], allow_unused=True)
     count = len(pending.leaves)

@@ -118,12 +118,14 @@ class Run:
         leaves: those that stand for the boundary.
         ends: where the graph of this run ends: these, and what was given in their place.
         values: what the stage returned.
+        entry: where gradients of the stream are summed up, all but the leaf; None in the forward run.
     """
 
     source: Tensor | None
     leaves: tuple[Tensor, ...]
     ends: tuple[Tensor, ...]
     values: Boundary
+    entry: GradientEdge | None = None
 
     def edges(self) -> list[tuple[GradientEdge, torch.dtype] | None]:
         """Edges of the graph in the place of the values, which are let go of."""
@@ -165,4 +167,5 @@ def run_stage(
         given = tuple(Severed.apply(tensor, handle) for tensor in boundary)
     values = stage.function(read, given, [tensor.view_as(tensor) for tensor in outside], part)
     ends = (*leaves, *given, *(tensor for tensor in (source, read) if tensor is not None))
-    return Run(source, leaves, ends, values)
+    entry = None if read is None or attach is not None else get_gradient_edge(read)
+    return Run(source, leaves, ends, values, entry)
