@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow quality docs package bench clean
+.PHONY: demo test slow oldest quality docs package bench clean
 
 demo: $(STAMP)
 	$(BIN)/meft demo
@@ -18,6 +18,15 @@ test: $(STAMP)
 # What `make test` leaves out: minutes to hours.
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+# The parts that read other libraries closest, with the oldest versions that are supported, in an environment of its own.
+oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+	    -e . datasets hypothesis pytest pytest-xdist pyyaml scikit-learn scipy trl
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not slow" tests/engine tests/loss tests/backbone \
+	    tests/tuner tests/integrations/test_reversible.py -k "not SentenceTransformerTrainer"
 
 quality: $(STAMP) docs
 	$(BIN)/ruff check .
@@ -36,7 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Built anew, never patched up, whenever the requirements change.

@@ -92,4 +92,4 @@ def first_line(error: BaseException) -> str:
 
 
 class InterruptedRunError(Exception):
-    """Ctrl-C in a training; what was done so far is kept."""
+    """Ctrl-C in a training; the text says what is kept."""

@@ -6,8 +6,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -291,7 +293,10 @@ def test_lora_adapters_switched_and_unloaded(order: Callable[..., PeftModel]) ->
     assert_equal(gradients(model, batch), expected)
     loss = model(**batch).loss
     model.set_adapter("other")
-    with pytest.raises(ReconstructionError, match="Layer 2 returned other values in the recomputation"):
+    # PEFT 0.18 keeps what it switches where it is not seen; the rebuilt values tell.
+    recent = Version(peft.__version__) >= Version("0.21")
+    told = "Layer 2 returned other values in the recomputation" if recent else "is not the original"
+    with pytest.raises(ReconstructionError, match=told):
         loss.backward()
     base = model.unload()
     assert torch.equal(outputs(base.eval(), batch), outputs(meft.make_reversible(base_of("opt")).eval(), batch))

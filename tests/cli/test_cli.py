@@ -92,7 +92,11 @@ def test_traceback_on_request(words: list[str], tmp_path: Path, monkeypatch: pyt
     [
         (ReconstructionError("streams differ"), 1, "Error: streams differ\n"),
         (OSError(28, "No space left on device"), 1, "Error: No space left on device.\n"),
-        (KeyboardInterrupt(), 130, "Error: Interrupted. The same command goes on from the newest checkpoint.\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "Error: Interrupted. Nothing was trained yet, and nothing is kept; the same command begins anew.\n",
+        ),
     ],
 )
 def test_failures_while_training(

@@ -295,8 +295,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"method": "meft9"},
         "method is 'meft9'; it must be one of full, lora, ia3, bitfit, adapter, meft1, meft2, meft3, momentum; full, "
-        "lora, ia3, bitfit on a reversible backbone (with +meft1, +meft2, +meft3, +momentum: lora+momentum), and full, "
-        "lora, ia3, bitfit, adapter may be followed by +checkpointing or +offload.",
+        "lora, ia3, bitfit may stand on a reversible backbone (+meft1, +meft2, +meft3, +momentum: lora+momentum), and "
+        "full, lora, ia3, bitfit, adapter may be followed by +checkpointing or +offload.",
     ),
     ({"method": "meft1+offload"}, "method is 'meft1+offload'; it must be one of"),
     ({"method": "lora+"}, "method is 'lora+'; it must be one of"),

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verification": {"errors", "storage", "loss", "engine", "loading", "backbone"},
     "methods": {"errors", "engine", "options", "parsing", "backbone", "tuner"},
     "memory": {"errors", "storage", "engine", "options", "loading", "backbone", "methods"},
-    "integrations": {"errors", "engine", "options", "backbone", "verification", "memory"},
+    "integrations": {"errors", "lazy", "engine", "options", "backbone", "verification", "memory"},
     "training": {
         *("errors", "storage", "options", "parsing", "loading", "backbone", "tuner", "verification"),
         *("methods", "memory", "integrations"),
@@ -120,6 +120,26 @@ def test_importing_the_library_is_quiet_and_light() -> None:
     code = f"import sys, meft; print([name for name in {QUIET!r} if name in sys.modules], end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        # The list of commands is Python's own and rich; what a command needs is imported when it runs.
+        (["--help"], (*QUIET, "torch", "transformers", "peft", "accelerate", "yaml", "numpy")),
+        (["train", "--help"], ("trl", "matplotlib", "lm_eval", "deepspeed", "sklearn", "tensorboard")),
+        (["run", "--help"], ("trl", "matplotlib", "lm_eval", "deepspeed", "sklearn", "tensorboard")),
+    ],
+    ids=["meft", "train", "run"],
+)
+def test_help_imports_what_it_needs_and_says_nothing_else(words: list[str], unwanted: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom meft.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        f"    print('\\n' + repr((end.code, [name for name in {unwanted!r} if name in sys.modules])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "(0, [])" and done.stderr == ""
+    assert done.stdout.lower().startswith("usage: meft")
 
 
 @pytest.mark.parametrize("order", ["meft, peft", "peft, meft"])

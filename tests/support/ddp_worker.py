@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import meft
 from support import models
-from support.peft_helpers import adapted, unread
+from support.peft_helpers import adapted
 
 ROUNDS = 2
 """Batches of every process before a step of the optimizer."""
@@ -73,8 +73,7 @@ def vector(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    idle = unread(model) if hasattr(model, "peft_config") else set()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and name not in idle}
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, gradient in found.items() if gradient is None]
     assert not missing, f"no gradient for {missing[:3]}"
     return found

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def equality(cases: list[str]) -> dict[str, dict[str, float]]:
         build, family, task = CASES[name]
         parts = batches(family, task, world * ROUNDS)
         for precision in ("no", "bf16"):
-            expected = alone(build, parts, precision)
+            # A sharded head makes its logits whole, and in bfloat16 their gradients round otherwise than in tiles.
+            expected = alone(partial(build, fused_loss=False), parts, precision)
             found[f"{name}, {precision}"] = compared(accumulated(sharded(build()), parts, precision), expected)
         kept = sharded(build(), reshard_after_forward=False)
         found[f"{name}, not resharded"] = compared(accumulated(kept, parts), alone(build, parts, "no"))

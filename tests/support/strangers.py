@@ -39,6 +39,18 @@ STEPS = ["--max_steps=2", "--per_device_train_batch_size=4", "--learning_rate=0.
 PROCESSES = multiprocessing.get_context("fork")
 
 
+LONGEST = 40
+"""Seconds that a trial may take: a pipe that nobody writes to must not be waited for."""
+
+
+class TooLong(BaseException):
+    """Raised by the alarm; nothing that catches errors catches it."""
+
+
+def _too_long(*_: Any) -> None:
+    raise TooLong
+
+
 @dataclass(frozen=True)
 class Trial:
     """One call: its kind, what is wrong with it, and what runs it."""
@@ -49,10 +61,14 @@ class Trial:
 
     def run(self) -> tuple[str, str]:
         """The outcome, and what was said."""
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(LONGEST)
         try:
             said = self.call()
         except BaseException:
-            return ELSE, traceback.format_exc()
+            return ELSE, f"{self.title}\n{traceback.format_exc()}"
+        finally:
+            signal.alarm(0)
         return said.split("\n", 1)[0], said
 
 
@@ -117,6 +133,8 @@ def meft(*words: str) -> str:
             cli.main(words)
         except SystemExit as end:
             code = end.code or 0
+        except TooLong:
+            raise
         except BaseException:
             err.write(traceback.format_exc())
         finally:
@@ -347,8 +365,8 @@ def damaged_files(ground: Ground, seed: int, share: float = 0.25) -> Iterator[Tr
                         reader = generator.choice(["evaluate", "export", "verify"])
                         yield _damaged(ground, source, file, damage, reader, generator.random(), method)
     for damage in _DAMAGES:
-        for file in ("run.json", "start.json", "checkpoint-1/optimizer.pt", "checkpoint-1/adapter_model.safetensors",
-                     "checkpoint-1/checkpoint.json", "checkpoint-1/trainer_state.json", "checkpoint-1/rng_state.pth"):  # fmt: skip
+        parts = ("optimizer.pt", "adapter_model.safetensors", "checkpoint.json", "trainer_state.json", "rng_state.pth")
+        for file in ("run.json", "start.json", *(f"checkpoint-1/{part}" for part in parts)):
             yield _resumed(ground, file, damage, generator.random())
         for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             yield _begun(ground, file, damage, generator.random())
@@ -654,12 +672,12 @@ def _page(counts: dict[str, Counter[str]], seed: int) -> str:
         "# What strangers hand in",
         "",
         "Calls of `meft` with what should not be handed in, by kind, and what became of them. Made by",
-        f"`PYTHONPATH=src:tests python tests/support/strangers.py research/strangers.md` (seed {seed}); the slow tests of",
-        "`tests/project/test_strangers.py` try the same.",
+        f"`PYTHONPATH=src:tests python tests/support/strangers.py research/strangers.md` (seed {seed}); the slow tests",
+        "of `tests/project/test_strangers.py` try the same.",
         "",
         "- *refused in a line*: exit code 1 or 2 and one line `Error: ...`, no traceback, no bare error number.",
         "- *went through*: the result is what it would have been, or the value is a valid one after all.",
-        "- *went on after*: failed in a line, or was killed, and the same command then ended as if nothing had happened.",
+        "- *went on after*: failed in a line or was killed, and the same command then ended as if nothing had been.",
         "- *something else*: anything else.",
         "",
         "| kind | tried | " + " | ".join(OUTCOMES) + " |",

@@ -36,6 +36,10 @@ BAD_INPUT = (
 )
 
 
+_EXTRAS = {name: "train" for name in ("datasets", "trl", "yaml", "sklearn", "scipy", "pyarrow")}
+"""What brings a package that is not installed, by the package."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `meft` and exits: 0 when all went well, 2 for bad input, 1 for any other failure, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -49,8 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _complain(error)
         sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
-    except InterruptedRunError:
-        _complain("Interrupted. The same command goes on from the newest checkpoint.")
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        if show_traceback or extra is None:
+            raise
+        _complain(
+            f'meft {words[0]} needs {error.name}, which is not installed. Install it with: pip install "meft[{extra}]"'
+        )
+        sys.exit(2)
+    except InterruptedRunError as error:
+        _complain(f"Interrupted. {error}")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
         sys.exit(130)
     except Exception as error:
         if show_traceback:
@@ -80,6 +95,8 @@ def _complain(problem: Any) -> None:
 
 def _quiet_libraries() -> None:
     """Shows warnings as one sentence, and not at all where they speak to the developers of other libraries."""
+    # PyTorch's C++ reads it when it is loaded; its profiler, which counts memory, speaks of the block of a step before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")

@@ -7,9 +7,10 @@ A command is a function of the words and of the whole command line, for records.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -62,24 +63,41 @@ class Commands:
 
 
 def train(words: Sequence[str], line: str) -> None:
-    """Fine-tune a model on texts, questions or images: a task known by name, or your own files."""
-    from meft.parsing import parse
-    from meft.storage.results import summary_table
-    from meft.training import TRAIN_TYPES
-    from meft.training import train as run
-
-    arguments = parse(TRAIN_TYPES, words, command="train", description=train.__doc__)
+    """Fine-tune a model on your own chats, texts or labels, or on a task known by name."""
+    arguments: Any = None
     try:
+        from meft.parsing import parse
+        from meft.storage.results import summary_table
+        from meft.training import TRAIN_TYPES
+        from meft.training import train as run
+
+        arguments = parse(TRAIN_TYPES, words, command="train", description=train.__doc__)
         found = run(*arguments, command=line, say=say)
     except KeyboardInterrupt:
-        raise InterruptedRunError from None
+        raise InterruptedRunError(_kept(arguments)) from None
+    folder = arguments[-1].output_dir
     if arguments[-1].process_index == 0:
         Console().print(summary_table(found))
-        say(f"Saved to {arguments[-1].output_dir}")
+        if found["verdict"]:
+            say(found["verdict"])
+        say(f"Saved to {folder}{_next(found, folder)}")
+
+
+def _kept(arguments: Any) -> str:
+    """What an interrupted run has left, which may have been interrupted before its arguments were read."""
+    if arguments is None:
+        return "Nothing was trained yet; the same command begins where this one did."
+    from meft.training import what_is_kept
+
+    return what_is_kept(arguments[-1].output_dir)
+
+
+def _next(found: Mapping[str, Any], folder: str) -> str:
+    return f"; to try it: meft chat {folder}" if found["task"] in ("conversations", "completions", "text") else ""
 
 
 def evaluate(words: Sequence[str], line: str) -> None:
-    """Score a trained model or adapter."""
+    """Score a trained model or adapter: meft evaluate FOLDER."""
     from meft.storage.results import metrics_table
     from meft.training.evaluation import evaluate as run
     from meft.training.evaluation import parse_evaluation
@@ -88,6 +106,15 @@ def evaluate(words: Sequence[str], line: str) -> None:
     metrics = run(*arguments, say=say)
     if metrics:
         Console().print(metrics_table(metrics, title=arguments[0].model_name_or_path))
+
+
+def chat(words: Sequence[str], line: str) -> None:
+    """Talk to a language model that was trained: meft chat FOLDER."""
+    from meft.parsing import parse
+
+    from .chat import ChatArguments, chat_command
+
+    chat_command(*parse((ChatArguments,), words, command="chat", description=chat.__doc__))
 
 
 def verify(words: Sequence[str], line: str) -> int:
@@ -126,7 +153,7 @@ def run(words: Sequence[str], line: str) -> int:
 
 def all_commands() -> Commands:
     """Those of the library, and those of installed packages."""
-    commands = Commands((train, evaluate, verify, export, estimate, run))
+    commands = Commands((train, evaluate, chat, verify, export, estimate, run))
     for point in entry_points(group="meft.commands"):
         point.load()(commands)
     return commands

@@ -65,12 +65,17 @@ def run_command(words: Sequence[str], *, description: str | None = None) -> int:
     if not program and not {"-h", "--help"} & set(words[:end]):
         given = f"'meft run {' '.join(words)}'".replace(" '", "'")
         raise ConfigError(f"{given} names no program behind '--'. {_USAGE}.")
+    # Before the program starts, so that what is not valid shows here and not in one of its processes.
     (arguments,) = parse((RunArguments,), words[:end], command="run", description=f"{description} {_USAGE}.")
+    # Not at the head: it imports the Trainer, which --help does not need.
+    from meft.integrations.reversible import Conversion
+
+    options = Conversion("meft run", arguments.options()).options
     if shutil.which(program[0]) is None:
         raise ConfigError(f"No program {program[0]!r} was found. {_USAGE}.")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made"
-        code = _run(program, {OPTIONS: json.dumps(arguments.options()), MADE: str(made)})
+        code = _run(program, {OPTIONS: json.dumps(options), MADE: str(made)})
         if code == 0 and not made.exists():
             say(
                 f"Warning: {program[0]} made no Trainer of Transformers, so nothing was reversible. Programs with a "

@@ -21,7 +21,7 @@ from meft.loading.arguments import ModelArguments
 from meft.loading.folders import adapter_config, is_adapter, load_adapter, trained_labels
 from meft.loading.pretrained import load_pretrained
 from meft.loading.tasks import TOKEN_TASKS
-from meft.methods.arguments import MeftArguments
+from meft.methods.arguments import USUAL, MeftArguments
 from meft.methods.registry import PLAIN_METHODS, apply_method
 from meft.options import FUNCTION, METHOD, check_choice, check_integer, options_of
 from meft.parsing import option, parse
@@ -127,7 +127,7 @@ def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments:
 
 def _from_base(base: Any, task_type: str, method: MeftArguments, under: str | None) -> nn.Module:
     """A pretrained model with something new to train: MEFT's adapters, or LoRA or everything on a reversible stack."""
-    name = method.method
+    name = method.method or USUAL
     if name in PLAIN_METHODS:
         name = f"{name}+{under or 'momentum'}"
     elif under is not None:

@@ -204,7 +204,8 @@ class Coupling:
 
     def unread(self) -> set[str]:
         """Functions that the highest layer runs for a stream that the output rule leaves out."""
-        weights, found = list(self.switched(self.weights())), set()
+        found: set[str] = set()
+        weights = list(self.switched(self.weights()))
         for step in reversed(self.steps):
             if weights[step.target]:
                 weights[step.source] = 1.0

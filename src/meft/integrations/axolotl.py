@@ -21,7 +21,7 @@ class MeftArgs(BaseModel):
     meft: dict[str, Any] | None = None
 
 
-class MeftPlugin(BasePlugin):  # type: ignore[misc]
+class MeftPlugin(BasePlugin):
     """Makes the model that Axolotl trains reversible, by a `ReversibleCallback` with the options under `meft`."""
 
     def get_input_args(self) -> str:

@@ -44,7 +44,7 @@ def install() -> None:
         bound.arguments["callbacks"] = [*given, *([] if own else [ReversibleCallback(**options_given())]), _Said()]
         original(*bound.args, **bound.kwargs)
 
-    Trainer.__init__ = init
+    Trainer.__init__ = init  # type: ignore[method-assign]
 
 
 install()

@@ -19,7 +19,7 @@ try:
     from lightning.pytorch.callbacks import Callback
 except ImportError:
     try:
-        from pytorch_lightning.callbacks import Callback
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ImportError:
         raise MissingPackageError(
             "meft.integrations.lightning needs Lightning, which is not installed: pip install lightning. For the "
@@ -27,7 +27,7 @@ except ImportError:
         ) from None
 
 
-class ReversibleCallback(Callback):  # type: ignore[misc]
+class ReversibleCallback(Callback):
     """Makes the Transformers models in a LightningModule reversible while they are trained, in one line.
 
     Example:

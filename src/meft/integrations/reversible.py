@@ -167,7 +167,8 @@ class ReversibleCallback(TrainerCallback, ExportableState):
                 "exception, the model stays reversible until meft.restore(model). Give it in callbacks=[...] to be "
                 "rid of this warning."
             )
-        recorded = (state.stateful_callbacks or {}).get(type(self).__name__)
+        states: Any = state.stateful_callbacks or {}
+        recorded = states.get(type(self).__name__)
         if isinstance(recorded, dict):
             self._conversion.compare(recorded.get("args", {}))
 
@@ -176,7 +177,7 @@ class ReversibleCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._give_back(kwargs["model"])
 
-    def _give_back(self, model: nn.Module) -> None:
+    def _give_back(self, model: Any) -> None:
         if not self._ended:
             self._ended = True
             self._conversion.give_back(model)
@@ -224,4 +225,4 @@ def _watch(trainer: Trainer) -> None:
         return model
 
     watched.meft_watches = True  # type: ignore[attr-defined]
-    trainer.train, trainer.call_model_init = watched, made
+    vars(trainer).update(train=watched, call_model_init=made)

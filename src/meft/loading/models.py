@@ -26,6 +26,10 @@ from transformers import (
 
 # Transformers 5.17 exports the name from its root only beside torchvision, which this class can do without.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from meft.errors import (
@@ -43,6 +47,13 @@ from .arguments import ModelArguments
 
 # Names on the hub have one slash at most and begin with a letter or a digit.
 _LOCAL = re.compile(r"[./~\\]|[^/]*/[^/]*/|[A-Za-z]:")
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 100_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "vocab_size": 100_000_000,
+}
 # Tokenizers that know no limit report a number beyond any model's.
 _NO_LIMIT = 10**6
 
@@ -70,7 +81,9 @@ def read_config(name: str, what: str | None = None, **options: Any) -> Pretraine
         read_object(place)
     check_model_folder(place, trusted=trusted)
     with loading(name, what):
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+    _check_sizes(config, name)
+    return config
 
 
 def read_model(
@@ -97,10 +110,23 @@ def read_model(
     with loading(name, what):
         if auto_model is None:
             hub = {key: options[key] for key in ("cache_dir", "revision", "trust_remote_code") if key in options}
-            auto_model = _class_of(AutoConfig.from_pretrained(name, **hub))
+            config = AutoConfig.from_pretrained(name, **hub)
+            _check_sizes(config, name)
+            auto_model = _class_of(config)
         options = {"use_safetensors": True, **options}
         model, info = auto_model.from_pretrained(name, output_loading_info=True, **options)
     return model, _new_modules(model, info)
+
+
+def _check_sizes(config: PretrainedConfig, name: str) -> None:
+    """Refuses sizes that no model has, which would be built for hours before anybody stumbles over them."""
+    for size, most in _SIZES.items():
+        value = getattr(config, size, None)
+        if (isinstance(value, int) and not 0 <= value <= most) or isinstance(value, str | float | dict):
+            raise CheckpointError(
+                f"The configuration of {name} has {size}={value!r}; it must be an integer from 0 to {most}. Copy or "
+                "download it again."
+            )
 
 
 def _says_whether_trusted(options: dict[str, Any]) -> bool:
@@ -195,6 +221,27 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise ConfigError(
             f"The tokenizer knows {len(tokenizer)} tokens and {name} only {embedded}, so they do not belong together. "
             "Give the model's own with --tokenizer_name."
+        )
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration writes texts from left to right."""
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not (masked and getattr(config, "is_decoder", True) is False)
+
+
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuses BERT and its like, which can be loaded as language models and would see what they are to predict.
+
+    Raises:
+        UnsupportedModelError: It is one of these.
+    """
+    masked = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(model.config, "is_decoder", True) is False:
+        raise UnsupportedModelError(
+            f"{name} is a {model.config.model_type}, which reads texts in both directions and so is no language "
+            "model that answers could be scored by. Give a causal one: OPT, GPT-2, Llama, ..."
         )
 
 

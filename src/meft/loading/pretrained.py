@@ -39,7 +39,7 @@ def load_pretrained(
     if num_labels is not None:
         config.num_labels = num_labels
     model, _ = load_model(arguments, name, config, TASK_MODELS[task], task)
-    if model.config.pad_token_id is None:
+    if model.config.pad_token_id is None or model.config.pad_token_id < 0:
         model.config.pad_token_id = padding_token(model.config)
     return model, task
 
@@ -47,7 +47,7 @@ def load_pretrained(
 def padding_token(config: PretrainedConfig) -> int:
     """What a model without a padding token is padded with: the end of the text, or 0."""
     for token in (config.pad_token_id, single_token(config.eos_token_id)):
-        if token is not None:
+        if token is not None and token >= 0:
             return token
     return 0
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .lazy import lazy_linear
+from .origin import WANTED
 from .trainers import note
 
 Change = tuple[nn.Module, str, Any]
@@ -24,11 +25,12 @@ _LAZILY: ContextVar[bool] = ContextVar("meft_lazily", default=False)
 @contextmanager
 def lazily() -> Iterator[None]:
     """Puts logits off in evaluation without gradients too, for somebody who needs a few of them."""
-    token = _LAZILY.set(True)
+    token, wanted = _LAZILY.set(True), WANTED.set(True)
     try:
         yield
     finally:
         _LAZILY.reset(token)
+        WANTED.reset(wanted)
 
 
 class FusedLinear(nn.Linear):

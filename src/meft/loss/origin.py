@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +20,9 @@ from .tiled import Pointwise
 
 _warned: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weights of output embeddings whose logits were made whole with a warning."""
+
+WANTED: ContextVar[bool] = ContextVar("meft_logits_wanted", default=False)
+"""Whether whoever asks for values means them, so that no warning is due."""
 
 
 @dataclass
@@ -173,7 +177,7 @@ class Origin:
 
     def _warn(self) -> None:
         head = self.head
-        if head.weight in _warned or head.weight.is_meta or isinstance(head.weight, FakeTensor):
+        if WANTED.get() or head.weight in _warned or head.weight.is_meta or isinstance(head.weight, FakeTensor):
             return
         _warned[head.weight] = True
         logits = math.prod(head.shape)

@@ -11,6 +11,9 @@ from meft.parsing import option
 from .registry import NAMED, Way, read_way
 from .table import MethodOptions
 
+USUAL = "meft1"
+"""The way to train where none is asked for."""
+
 
 def _left_out(entry: Option) -> Any:
     return None if entry.left_out is UNSET else entry.left_out
@@ -25,7 +28,9 @@ class MeftArguments(WithOptions):
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: str = option(f"{NAMED}.", "meft1")
+    method: str | None = option(
+        f"{NAMED}. Left out: {USUAL}, and in meft train lora+momentum for language models on own rows."
+    )
 
     def __post_init__(self) -> None:
         for name, entry in options_of(METHOD).items():
@@ -48,7 +53,7 @@ class MeftArguments(WithOptions):
         """
         given = self.options().given()
         opened = {name: value for name, value in (settings or {}).items() if given.get(name) is None}
-        return read_way(self.method, {**given, **opened})
+        return read_way(self.method or USUAL, {**given, **opened})
 
 
 @option_dataclass(options_of(METHOD).values(), lambda entry: None)

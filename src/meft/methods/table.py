@@ -8,6 +8,7 @@
 | `plain`    | whether a coupling can be put under it by `meft.make_reversible`: `lora+momentum`                |
 | `make`     | makes a model trainable                                                                          |
 | `code`     | the line of Python that does the same                                                            |
+| `rates`    | the learning rate by PEFT's type of the task, None for every other (research/learning-rates.md)  |
 
 The options of a method are those of `meft.options` whose entry names it. To add a method: a row here, and its name at
 the options that it has.
@@ -62,6 +63,10 @@ class MethodOptions(WithOptions):
         return {name: value for name in options_of(METHOD) if (value := getattr(self, name)) is not UNSET}
 
 
+WARMUP = 0.1
+"""The share of the steps over which the learning rate rises, where nothing else is asked for."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table."""
@@ -71,8 +76,13 @@ class Method:
     saves: str | None
     make: Callable[[PreTrainedModel, str | None, MethodOptions], nn.Module]
     code: Callable[[str, Mapping[str, Any]], str]
+    rates: Mapping[str | None, float]
     coupling: str | None = None
     plain: bool = False
+
+    def suited(self, task_type: str | None) -> tuple[float, float]:
+        """The learning rate for a type of task, and the share of the steps over which it rises."""
+        return self.rates.get(task_type, self.rates[None]), WARMUP
 
 
 def _full(model: PreTrainedModel, task_type: str | None, options: MethodOptions) -> nn.Module:
@@ -127,18 +137,39 @@ def as_code(options: Mapping[str, Any]) -> list[str]:
 
 def _of_meft(name: str, trains: str) -> Method:
     make, code = partial(_meft, coupling=name), partial(_meft_code, coupling=name)
-    return Method(name, trains, MEFT.value, make, code, coupling=None if name == ADAPTER_ONLY else name)
+    rates = {None: 5e-3, _WRITING: 2e-3}
+    return Method(name, trains, MEFT.value, make, code, rates, coupling=None if name == ADAPTER_ONLY else name)
+
+
+_WRITING = "CAUSAL_LM"
 
 
 _ROWS = (
-    Method("full", "every parameter", None, _full, lambda task, options: "model = base", plain=True),
-    Method("lora", "PEFT's LoRA on all linear layers of the transformer layers", "LORA", _lora, _lora_code, plain=True),
+    Method(
+        "full",
+        "every parameter",
+        None,
+        _full,
+        lambda task, options: "model = base",
+        {None: 1e-4, _WRITING: 2e-5},
+        plain=True,
+    ),
+    Method(
+        "lora",
+        "PEFT's LoRA on all linear layers of the transformer layers",
+        "LORA",
+        _lora,
+        _lora_code,
+        {None: 1e-3, _WRITING: 5e-4},
+        plain=True,
+    ),
     Method(
         "ia3",
         "PEFT's (IA)3 on keys, values and feed-forwards",
         "IA3",
         _ia3,
         lambda task, options: f"model = get_peft_model(base, IA3Config(task_type={task}))",
+        {None: 3e-2, _WRITING: 5e-3},
         plain=True,
     ),
     Method(
@@ -147,6 +178,7 @@ _ROWS = (
         None,
         _bitfit,
         lambda task, options: f'model = apply_method(base, "bitfit", task_type={task})  # of meft.methods.registry',
+        {None: 1e-2, _WRITING: 1e-3},
         plain=True,
     ),
     _of_meft(ADAPTER_ONLY, "the adapters of meft on the ordinary layers"),

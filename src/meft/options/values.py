@@ -107,7 +107,7 @@ class Number:
         outside = (self.lowest is not None and not value >= self.lowest) or (
             self.highest is not None and not value <= self.highest
         )
-        if outside or (self.below is not None and not value < self.below):
+        if outside or not math.isfinite(value) or (self.below is not None and not value < self.below):
             raise ConfigError(f"{name}={value!r} is {self.meaning}. Valid: {self.valid}{or_else}.{self.hint}")
 
     def read(self, word: str) -> Any:

@@ -105,6 +105,10 @@ def check_model_folder(folder: Path, *, trusted: bool = False) -> None:
     Raises:
         CheckpointError: A file is no JSON object, or says that code is to be trusted or fetched.
     """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not (path.is_file() or path.is_dir()) and not path.name.startswith("."):
+            what = "a link to nothing" if path.is_symlink() else "a pipe or a device"
+            raise CheckpointError(f"{folder} could not be loaded: {path} is {what}, and no file. {_REMEDY}")
     for name in _OF_MODELS if folder.is_dir() else ():
         path = folder / name
         if path.is_symlink() or path.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,33 @@ from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
 from meft.methods.registry import count_parameters
 from meft.storage import results
-from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json
+from meft.storage.files import finite, publish_files, remove_leftovers, staged, write_json, write_text
 from meft.storage.outputs import writing
 from meft.verification.deployment import uncoupled
 
+from . import card
 from .arguments import DataArguments, MeftArguments, RunArguments, TrainerArguments, flat
 from .batches import share_batch
-from .before import REFERENCE, CostsBeforeTraining, StartBeforeTraining, forget_measurements
-from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete
+from .before import REFERENCE, CostsBeforeTraining, LossBeforeTraining, StartBeforeTraining, forget_measurements
+from .checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete, setting_up
 from .costs import StepCosts
 from .kinds.base import Say, say_nothing
-from .preparation import Prepared, prepare_training
+from .preparation import Prepared, chosen_kind, prepare_training
+from .progress import show_progress
 from .recorded import TASK_FILE, trained_record, write_record
-from .runs import RESULTS_FILE, begun_with, check_rows, claimed, gone_on_with, inspect_folder, settings_of
+from .runs import (
+    RESULTS_FILE,
+    RUN_FILE,
+    begun_with,
+    check_rows,
+    claimed,
+    gone_on_with,
+    inspect_folder,
+    settings_of,
+)
 from .selection import EarlyStopping, check_early_stopping, check_metric
+from .suited import suit, suit_logging
+from .verdict import verdict
 
 TRAIN_TYPES = (ModelArguments, DataArguments, MeftArguments, RunArguments, TrainerArguments)
 # A folder without its configuration loads as nothing, so that is published after the weights.
@@ -65,16 +78,22 @@ def train(
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
         OutputFolderError: The output folder holds another run.
     """
-    meft_arguments.way()
+    kind = chosen_kind(model_arguments, data_arguments)
+    meft_arguments.method = meft_arguments.method or kind.method
+    way = meft_arguments.way()
+    if run_arguments.measure_steps is None:
+        run_arguments.measure_steps = kind.measured_steps
     if run_arguments.measure_steps < 0:
         raise ConfigError(f"measure_steps is {run_arguments.measure_steps}; it must be 0 (nothing) or more.")
     check_early_stopping(run_arguments.early_stopping_patience, trainer_arguments)
     share_batch(run_arguments.total_train_batch_size, trainer_arguments)
     if not trainer_arguments.output_dir_given:
-        trainer_arguments.output_dir = str(Path("runs", f"{data_arguments.task or 'files'}-{meft_arguments.method}"))
+        task = data_arguments.task or data_arguments.form or "files"
+        trainer_arguments.output_dir = str(Path("runs", f"{task}-{meft_arguments.method}"))
     folder = Path(trainer_arguments.output_dir or "")
     if not trainer_arguments.should_save:
         say = say_nothing
+    suit(trainer_arguments, way, kind.task_type, folder, say)
     arguments = flat(model_arguments, data_arguments, meft_arguments, run_arguments, trainer_arguments)
     state = inspect_folder(folder, arguments, resume=run_arguments.resume, overwrite=run_arguments.overwrite_run)
     prepared = prepare_training(
@@ -92,9 +111,12 @@ def train(
     changed = gone_on_with(folder, arguments) if state == "resume" else []
     settings = settings_of(prepared.model)
     check_metric(trainer_arguments, prepared.spec, prepared.evaluation("validation"))
+    suit_logging(trainer_arguments, len(prepared.splits["train"]))
     assert prepared.way is not None
     trained = trained_record(prepared.way, settings)
     record = write_record(list(prepared.spec.labels), model_arguments, data_arguments, trainer_arguments, trained)
+    if prepared.columns:
+        record["messages"] = prepared.messages
     _wait_for_others(trainer_arguments)  # until every process has looked at the folder, none may write to it
     with ExitStack() as stack:
         run = {}
@@ -109,28 +131,32 @@ def train(
         steps = run_arguments.measure_steps
         costs = CostsBeforeTraining(folder, prepared, meft_arguments.method, steps, trainer_arguments, say)
         distance = StartBeforeTraining(folder, trainer_arguments, say)
+        before = LossBeforeTraining(folder, trainer_arguments)
 
         def before_training(model: nn.Module) -> None:
-            costs(model)
+            costs(model, trainer)
             distance(model, resumed=start is not None)
 
-        trainer = build_trainer(
-            prepared,
-            trainer_arguments,
-            patience=run_arguments.early_stopping_patience,
-            before_training=before_training,
-            extra_files=lambda place: write_json(place / TASK_FILE, record),
-        )
+        with setting_up():
+            trainer = build_trainer(
+                prepared,
+                trainer_arguments,
+                patience=run_arguments.early_stopping_patience,
+                before_training=before_training,
+                extra_files=lambda place: write_json(place / TASK_FILE, record),
+            )
+        own_rows = kind.trainer != "classic"
+        show_progress(trainer, say, memory=own_rows)
+        if own_rows:
+            before(lambda: _plain_metrics(trainer, prepared), resumed=start is not None)
         trainer.train_or_restore(start)
         if trainer.stopped_early:
             metric, reached = trainer_arguments.metric_for_best_model, trainer.state
             say(f"Stopped after step {reached.global_step}: {metric} was best at step {reached.best_global_step}.")
         metrics = metrics_of(trainer)
         _save_final(trainer, prepared, folder, record)
-        deployed = None
-        if prepared.way.under is not None:
-            with uncoupled(prepared.model):
-                deployed = metrics_of(trainer)
+        deployed = None if prepared.way.under is None else _plain_metrics(trainer, prepared)
+        judged = verdict(prepared, deployed or metrics, before.found, trainer.state.log_history, trainer_arguments)
         found = {
             "method": meft_arguments.method,
             "task": prepared.spec.name,
@@ -140,6 +166,10 @@ def train(
             "coupling": prepared.way.under or prepared.way.method.coupling,
             "settings": settings,
             "deployed_metrics": deployed,
+            "metrics_before": before.found,
+            "learnt": judged.learnt,
+            "verdict": judged.text,
+            "data": {"columns": list(prepared.columns)},
             "start": None if distance.found is None else finite(asdict(distance.found)),
             "versions": results.versions(),
             "hardware": results.hardware(),
@@ -150,13 +180,31 @@ def train(
             "arguments": arguments,
         }
         if trainer_arguments.should_save:
+            adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+            write_text(folder / card.FILE, card.model_card(found, adapter=adapter))
             write_json(folder / RESULTS_FILE, found)
     return found
 
 
+def what_is_kept(folder: str | None) -> str:
+    """What an interrupted run has left in its folder, and what the same command would do."""
+    place = Path(folder) if folder else None
+    if place is None or not (place / RUN_FILE).is_file():
+        return "Nothing was trained yet, and nothing is kept; the same command begins anew."
+    if (place / RESULTS_FILE).is_file():
+        return f"{place} holds a finished run, which is as it was."
+    newest, _ = newest_complete(place)
+    if newest is None:
+        return (
+            f"There is no checkpoint in {place} yet, so what was trained is lost; the same command begins anew. "
+            "--save_steps 50, say, writes checkpoints sooner."
+        )
+    return f"The same command goes on from {newest}."
+
+
 def _sources(data: DataArguments) -> dict[str, str]:
     """Where the rows of each split come from, in words."""
-    place = f"{data.task} of {data.data_dir or 'the hub'}"
+    place = f"{data.task} of {data.data_dir or 'the hub'}" if data.task else str(data.train_file)
     return {split: getattr(data, f"{split}_file") or place for split in ("train", "validation", "test")}
 
 
@@ -170,28 +218,37 @@ def build_trainer(
     extra_files: Callable[[Path], None] | None = None,
 ) -> CheckpointingTrainer:
     """The Trainer for training on `train` and evaluating on `split`, as far as there are such rows."""
+    evaluation = prepared.evaluation(split)
+    if not torch.cuda.is_available():
+        arguments.dataloader_pin_memory = False  # PyTorch would warn that there is nothing to pin for
+    ours: dict[str, Any] = {
+        "before_training": before_training,
+        "extra_files": extra_files,
+        "surroundings": None if prepared.way is None else prepared.way.surroundings,
+    }
+    stopping = [EarlyStopping(patience)] if patience else []
+    if prepared.kind.trainer != "classic":
+        from .trl_trainers import build_trl
+
+        return build_trl(prepared, arguments, split=split, callbacks=stopping, **ours)
     arguments.label_names = ["labels"]
     if prepared.kind.keep_columns:
         arguments.remove_unused_columns = False
-    if not torch.cuda.is_available():
-        arguments.dataloader_pin_memory = False  # PyTorch would warn that there is nothing to pin for
-    evaluation, collator = prepared.evaluation(split), prepared.collator
+    collator = prepared.collator
     trainer = CheckpointingTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.splits.get("train"),
         eval_dataset=evaluation[""] if set(evaluation) == {""} else evaluation,
         data_collator=collator,
-        callbacks=[*prepared.kind.callbacks(collator), *([EarlyStopping(patience)] if patience else [])],
+        callbacks=[*prepared.kind.callbacks(collator), *stopping],
         **prepared.kind.trainer_options(prepared.spec),
         scorer=prepared.scorer(
             split,
             batch_size=arguments.per_device_eval_batch_size,
             quiet=bool(arguments.disable_tqdm) or arguments.process_index != 0,
         ),
-        before_training=before_training,
-        extra_files=extra_files,
-        surroundings=None if prepared.way is None else prepared.way.surroundings,
+        **ours,
     )
     if prepared.kind.task_type != "CAUSAL_LM":
         # Their loss is a mean over rows. As these models accept any argument, the Trainer takes it for one over the
@@ -201,12 +258,21 @@ def build_trainer(
 
 
 def metrics_of(trainer: CheckpointingTrainer) -> dict[str, float | None]:
-    """Evaluates; the loss comes last, and how long it took is left out."""
+    """Evaluates; the loss comes last, and how long it took is left out. Empty where there are no rows."""
+    if trainer.eval_dataset is None:
+        return {}
     found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     left_out = ("epoch", "runtime", "samples_per_second", "steps_per_second", "preparation_time")
     names = sorted((name for name in found if not name.endswith(left_out)), key=lambda name: name.endswith("loss"))
     metrics: dict[str, float | None] = finite({name: found[name] for name in names})
     return metrics
+
+
+def _plain_metrics(trainer: CheckpointingTrainer, prepared: Prepared) -> dict[str, float | None]:
+    """Evaluates the model as it is deployed: on the plain layers, where it runs on them."""
+    under = prepared.way is not None and prepared.way.under is not None
+    with uncoupled(prepared.model) if under else nullcontext():
+        return metrics_of(trainer)
 
 
 def _wait_for_others(arguments: TrainerArguments) -> None:
@@ -248,13 +314,14 @@ def _figures(
 ) -> dict[str, Any]:
     trainable, total = count_parameters(prepared.model)
     ratio = None if costs is None else 1.0 if method == REFERENCE else costs.step_time_ratio
+    beside = REFERENCE if costs is None or costs.reference is None else costs.reference
     return {
         "metrics": metrics,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "peak_activation_bytes": None if costs is None else costs.peak_activation_bytes,
         "step_time_ratio": ratio,
-        "step_time_ratio_to": None if ratio is None else REFERENCE,
+        "step_time_ratio_to": None if ratio is None else beside,
         "costs": None if costs is None else asdict(costs),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,

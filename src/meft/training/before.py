@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from meft.backbone.layers import ReversibleLayer
 from meft.errors import CheckpointError
 from meft.integrations.callbacks import FirstBatch
 from meft.storage.claims import read_object
-from meft.storage.files import finite, write_json
-from meft.verification.distance import Distance
+from meft.storage.files import finite, read_json, write_json
+from meft.verification.distance import Distance, plain
 
 from .arguments import TrainerArguments
+from .checkpoints import CheckpointingTrainer
 from .costs import StepCosts, autocast_of, measure_costs
 from .kinds.base import Say
 from .preparation import Prepared
 
 Measured = TypeVar("Measured", Distance, StepCosts)
-COSTS_FILE, START_FILE = "costs.json", "start.json"
+COSTS_FILE, START_FILE, BEFORE_FILE = "costs.json", "start.json", "before.json"
 REFERENCE = "full"
 
 
@@ -73,9 +77,10 @@ class CostsBeforeTraining:
         self.file = folder / COSTS_FILE
         self.found = _measured(self.file, StepCosts)
 
-    def __call__(self, model: nn.Module) -> None:
+    def __call__(self, model: nn.Module, trainer: CheckpointingTrainer) -> None:
         if self.found is None and self.steps and self.arguments.should_save:
-            self.found = self._measure(model)
+            own_rows = self.prepared.kind.trainer != "classic"
+            self.found = self._measure_own_rows(model, trainer) if own_rows else self._measure(model)
             write_json(self.file, asdict(self.found))
 
     def _measure(self, model: nn.Module) -> StepCosts:
@@ -84,8 +89,7 @@ class CostsBeforeTraining:
         size = min(args.per_device_train_batch_size, len(rows))
         batch = self.prepared.collator([rows[index] for index in range(size)])
         build = self.prepared.reference if self.method != REFERENCE else None
-        beside = "" if build is None else f" beside {REFERENCE} fine-tuning"
-        self.say(f"Measuring {self.steps} steps{beside} before training; --measure_steps 0 leaves this out.")
+        self._announce("" if build is None else f" beside {REFERENCE} fine-tuning")
         found = measure_costs(
             model,
             {name: value.to(args.device) for name, value in batch.items()},
@@ -93,8 +97,54 @@ class CostsBeforeTraining:
             reference=None if build is None else lambda: build().to(args.device),
             reference_name=REFERENCE,
             autocast=autocast_of(args),
-            surroundings=nullcontext if self.prepared.way is None else self.prepared.way.surroundings,
+            surroundings=self._surroundings,
         )
         if build is not None and found.reference is None:
             self.say(f"{REFERENCE} fine-tuning does not fit into the memory of {args.device}: there is no time ratio.")
         return found
+
+    def _measure_own_rows(self, model: nn.Module, trainer: Any) -> StepCosts:
+        """Beside the same model without its coupling, which takes no second copy of it."""
+        args, way = self.arguments, self.prepared.way
+        rows = trainer.train_dataset
+        size = min(args.per_device_train_batch_size, len(rows))
+        batch = trainer.data_collator([rows[index] for index in range(size)])
+        layers = [module for module in model.modules() if isinstance(module, ReversibleLayer)]
+        beside = way.method.name if way is not None and way.under is not None else None
+        self._announce("" if beside is None else f" beside {beside}, which keeps its activations,")
+        with trainer.measuring() as loss:
+            return measure_costs(
+                model,
+                {name: value.to(args.device) if isinstance(value, Tensor) else value for name, value in batch.items()},
+                steps=self.steps,
+                reference=None if beside is None else lambda: model,
+                reference_name=beside,
+                autocast=autocast_of(args),
+                surroundings=self._surroundings,
+                reference_surroundings=lambda: plain(layers),
+                loss=loss,
+                rows=size,
+            )
+
+    def _announce(self, beside: str) -> None:
+        steps = "a step" if self.steps == 1 else f"{self.steps} steps"
+        self.say(f"Measuring {steps}{beside} before training; --measure_steps 0 leaves this out.")
+
+    def _surroundings(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.prepared.way is None else self.prepared.way.surroundings()
+
+
+class LossBeforeTraining:
+    """Evaluates the pretrained model, so that a run can say what it has learnt; kept for a resumed run."""
+
+    def __init__(self, folder: Path, arguments: TrainerArguments) -> None:
+        self.file, self.arguments = folder / BEFORE_FILE, arguments
+        self.found: dict[str, float | None] | None = read_json(self.file) if self.file.is_file() else None
+
+    def __call__(self, evaluate: Callable[[], dict[str, float | None]], *, resumed: bool) -> None:
+        """Evaluates once, unless a run goes on; the random state is left as it was."""
+        if self.found is None and not resumed:
+            with torch.random.fork_rng():
+                self.found = evaluate()
+            if self.arguments.should_save and self.found:
+                write_json(self.file, self.found)

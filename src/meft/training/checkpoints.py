@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
-from meft.errors import CheckpointError, MeftError, first_line
+from meft.errors import CheckpointError, ConfigError, MeftError, MissingPackageError, first_line
 from meft.loading.models import loading, quiet_transformers
 from meft.storage.claims import check_model_folder, read_object
 from meft.storage.files import STAGING_PREFIX, publish_folder, staged, write_json
@@ -87,6 +87,27 @@ def _reading_state(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint} has a state of optimizer, scheduler or generators that cannot be read: "
             f"{type(error).__name__}: {first_line(error)} Resume from an earlier checkpoint, or start anew with "
             "--overwrite_run."
+        ) from error
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Says what the Trainer finds wrong with its arguments when it is made, and makes optimizer and schedule.
+
+    Raises:
+        ConfigError: A value is not valid, alone or beside the others.
+        MissingPackageError: A package that an argument asks for is not installed.
+    """
+    try:
+        yield
+    except (MeftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = first_line(error)
+        if isinstance(error, ImportError) or "to be installed" in said or "not installed" in said:
+            raise MissingPackageError(f"{said} Install it, or leave out the option that needs it.") from error
+        raise ConfigError(
+            f"The Trainer of Transformers does not take its arguments: {said} See meft train --help."
         ) from error
 
 
@@ -200,6 +221,14 @@ class CheckpointingTrainer(Trainer):
         with loading(resume_from_checkpoint):
             if not self._load_whole_model(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with setting_up():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with setting_up():
+            return super().create_scheduler(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading_state(checkpoint):

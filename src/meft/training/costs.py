@@ -20,6 +20,13 @@ from transformers import TrainingArguments
 
 from meft.memory.measurement.measure import MemoryReport, measure
 
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -73,6 +80,9 @@ def measure_costs(
     reference_name: str | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    reference_surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    loss: Loss | None = None,
+    rows: int | None = None,
 ) -> StepCosts:
     """Measures steps of `model` on `batch`, and leaves its gradients, its mode and every generator as they were.
 
@@ -85,19 +95,23 @@ def measure_costs(
         reference_name: What to call it.
         autocast: The context that the steps run in.
         surroundings: A further one for those of the model.
+        reference_surroundings: A further one for those of the reference.
+        loss: Computes the loss of a model on a batch; None for that which the model returns.
+        rows: How many rows the batch has; None for as many as it has labels.
     """
+    loss = loss or _own_loss
     with _unchanged(model):
-        steppers = [_Stepper(model.train(), batch, autocast, surroundings)]
+        steppers = [_Stepper(model.train(), batch, autocast, surroundings, loss)]
         peaks = [steppers[0].peak()]
         if reference is not None:
             with suppress(torch.OutOfMemoryError):
-                other = _Stepper(reference().train(), batch, autocast)
+                other = _Stepper(reference().train(), batch, autocast, reference_surroundings, loss)
                 peaks.append(other.peak())
                 steppers.append(other)
         times = [[stepper.seconds() for stepper in steppers] for _ in range(steps)]
     seconds = [median(each) for each in zip(*times, strict=True)]
     ours, theirs = peaks[0], peaks[1] if len(peaks) > 1 else None
-    rows = len(batch["labels"])
+    rows = len(batch["labels"]) if rows is None else rows
     tokens = batch["input_ids"].shape[1] if "input_ids" in batch else None
     return StepCosts(
         rows,
@@ -121,9 +135,11 @@ class _Stepper:
         model: nn.Module,
         batch: Mapping[str, Tensor],
         autocast: Callable[[], AbstractContextManager[Any]],
-        surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        surroundings: Callable[[], AbstractContextManager[Any]],
+        loss: Loss,
     ) -> None:
         self.model, self.batch, self.autocast, self.surroundings = model, batch, autocast, surroundings
+        self.loss = loss
 
     def peak(self) -> MemoryReport:
         """The memory of a step."""
@@ -143,7 +159,7 @@ class _Stepper:
 
     def _step(self) -> None:
         with self.autocast(), self.surroundings():
-            loss = self.model(**self.batch).loss
+            loss = self.loss(self.model, self.batch)
         loss.backward()
 
     def _drop_gradients(self) -> None:

@@ -34,6 +34,8 @@ def parse_evaluation(
         ConfigError: As `meft.training.arguments.parse`.
         CheckpointError: `task.json` cannot be read, or says something of another kind.
     """
+    if argv and not argv[0].startswith("-") and not Path(argv[0]).is_file():
+        argv = ["--model_name_or_path", *argv]  # meft evaluate FOLDER
     model, data, *_ = parse(EVALUATE_TYPES, argv, command="evaluate", description=description)
     recorded = read_task(model.model_name_or_path).arguments or {}
     named = any(getattr(data, name) for name in _SOURCES if name != "data_dir")

@@ -22,7 +22,7 @@ from meft.options import FUNCTION, options_of
 from .arguments import DataArguments, MeftArguments
 from .data.base import TaskData, TaskSpec
 from .data.digest import digests
-from .kinds import TaskKind, check_options, kind_of
+from .kinds import TaskKind, check_options, own_kind
 from .kinds.base import Collator, Say, Scorer
 from .recorded import read_task
 
@@ -44,6 +44,10 @@ class Prepared:
         way: How the model is trained; `None` for one that is only evaluated.
         digests: Of the rows of each split, where something is trained on them.
         reference: Builds the same model for plain full fine-tuning. `None` when nothing is trained.
+        length: The most tokens that a row has, where that was chosen.
+        columns: The names of the columns that are learnt from, where the rows are the user's own.
+        messages: Whether rows are messages, written by the chat template.
+        data: What the user said about the data, where its trainer must know.
     """
 
     kind: TaskKind
@@ -58,6 +62,10 @@ class Prepared:
     way: Way | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     reference: Callable[[], nn.Module] | None = None
+    data: DataArguments | None = None
+    length: int | None = None
+    columns: tuple[str, ...] = ()
+    messages: bool = False
 
     @property
     def collator(self) -> Collator:
@@ -93,10 +101,10 @@ def prepare_training(
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
     """
-    kind = kind_of(data_arguments.task)
     name = loading.absolute(model_arguments.model_name_or_path)
     if is_adapter(name):
         raise ConfigError(f"{name} is an adapter, not a model. Give the base model to train a new adapter on.")
+    kind = chosen_kind(model_arguments, data_arguments)
     config = loading.load_config(model_arguments, name, kind.what)
     data = _load_rows(kind, data_arguments, ("train", "validation"), config, None, model_arguments.cache_dir, say)
     processor = kind.load_processor(model_arguments, name)
@@ -117,8 +125,29 @@ def prepare_training(
         plain, _ = kind.load_model(model_arguments, name, data.spec, processor)
         return apply_method(plain, "full", task_type=kind.task_type)
 
-    found = digests(data)
-    return Prepared(kind, model, processor, data.spec, **vars(encoded), way=way, digests=found, reference=reference)
+    return Prepared(
+        kind,
+        model,
+        processor,
+        data.spec,
+        **vars(encoded),
+        way=way,
+        digests=digests(data),
+        reference=reference,
+        data=data_arguments,
+    )
+
+
+def chosen_kind(model_arguments: ModelArguments, data_arguments: DataArguments) -> TaskKind:
+    """The kind of the task, which for own rows is written into their arguments, so that it is known from now on.
+
+    Raises:
+        ConfigError, DataError, MissingPackageError: As of `own_kind`.
+    """
+    kind = own_kind(data_arguments, model_arguments)
+    if kind.rows:
+        data_arguments.form = kind.rows  # type: ignore[assignment]
+    return kind
 
 
 def prepare_evaluation(
@@ -138,7 +167,7 @@ def prepare_evaluation(
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
     """
-    kind = kind_of(data_arguments.task)
+    kind = chosen_kind(model_arguments, data_arguments)
     name = loading.absolute(model_arguments.model_name_or_path)
     base_name = name
     if is_adapter(name):
@@ -159,7 +188,26 @@ def prepare_evaluation(
         model = load_adapter(plain, Path(name), base_name=base_name)
     if method is not None:
         _as_trained(model, name, method)
-    return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded))
+    reference = None
+    if kind.trainer == "dpo" and base_name == name:
+        reference = _preferred_from(kind, model_arguments, name, base, data.spec, processor)
+    return Prepared(kind, model.eval(), processor, data.spec, **vars(encoded), reference=reference, data=data_arguments)
+
+
+def _preferred_from(
+    kind: TaskKind, arguments: ModelArguments, name: str, base: str | None, spec: TaskSpec, processor: Any
+) -> Callable[[], nn.Module]:
+    """Builds the model that a whole model was trained from, which its preferences are measured against.
+
+    Raises:
+        ConfigError: It was not given; a folder is not believed about other folders.
+    """
+    if base is None:
+        raise ConfigError(
+            f"{name} is a whole model, and preferences are measured against what it was trained from. Give that "
+            "model with --base_model_name_or_path."
+        )
+    return lambda: kind.load_model(arguments, base, spec, processor)[0]
 
 
 def _as_trained(model: nn.Module, name: str, method: str) -> None:
@@ -209,7 +257,7 @@ def _load_rows(
 ) -> TaskData:
     """`labels` are those that the model was trained for, in the order of its outputs, where that is known."""
     arguments.check_source(splits)
-    check_options(arguments)
+    check_options(arguments, kind)
     data = kind.load_rows(arguments, splits, config=config, labels=labels, cache_dir=cache_dir)
     for note in data.notes:
         say(note)

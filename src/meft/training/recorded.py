@@ -52,7 +52,10 @@ _COUNT = _Claim("an integer, at least 1", _is_count)
 _FLAG = _Claim("true or false", lambda value: isinstance(value, bool))
 _COLUMNS = _Claim("one or two names", lambda value: isinstance(value, list) and 0 < len(value) < 3
                   and all(_is_text(name) and not name.startswith("-") for name in value))  # fmt: skip
-_SHARE = _Claim("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1)
+_SHARE = _Claim("a number from 0 to below 1", lambda value: isinstance(value, float) and 0 <= value < 1)
+_RENAMED = _Claim("pairs of names such as prompt=question", lambda value: isinstance(value, list)
+                  and all(_is_text(name) and "=" in name and not name.startswith("-") for name in value))  # fmt: skip
+_FORMS = ("conversations", "completions", "preferences", "text", "classes")
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 ALIKE: Mapping[type, Mapping[str, _Claim]] = {
@@ -67,6 +70,10 @@ ALIKE: Mapping[type, Mapping[str, _Claim]] = {
         "regression": _FLAG,
         "max_seq_length": _COUNT,
         "validation_share": _SHARE,
+        "form": _Claim(f"one of {', '.join(_FORMS)}", lambda value: value in _FORMS),
+        "columns": _RENAMED,
+        **dict.fromkeys(("packing", "completion_only_loss"), _FLAG),
+        "dpo_beta": _Claim("a number above 0", lambda value: isinstance(value, float) and value > 0),
         "max_eval_samples": _COUNT,
     },
     TrainerArguments: {

@@ -138,7 +138,13 @@ class MeftConfig(WithOptions, PeftConfig):
             CheckpointError: the folder's weights are truncated or no safetensors file, or the configuration cannot be
                 read or does not name its coupling.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"The adapter_config.json of {pretrained_model_name_or_path} cannot be read: {error}. Copy the adapter "
+                "again."
+            ) from error
         config.loaded_from = str(pretrained_model_name_or_path)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)

@@ -7,8 +7,9 @@ them is what the couplings see.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -150,6 +151,25 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         if not isinstance(adapter_names, str):
             _check_single(list(adapter_names))
         super().set_adapter(adapter_names, inference_mode)
+        self._freeze_unread()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_unread()
+
+    def _freeze_unread(self) -> None:
+        """Trains nothing that adds to a stream which the output rule leaves out: it would never get a gradient.
+
+        Trackers of unused parameters (DDP) and of optimizer states (FSDP) take that for a fault.
+        """
+        for name, (reversible_stack, index, *_) in self.meft_places.items():
+            coupling, order = reversible_stack.plan.coupling, reversible_stack.order
+            if coupling is None or index != order[-1] or order.count(index) > 1:
+                continue
+            for function, part in product(coupling.unread(), ("down", "up", "norm")):
+                held = getattr(self, f"meft_{function.lower()}_{part}", {})
+                if name in held:
+                    held[name].requires_grad_(False)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise _cannot_merge()

@@ -7,6 +7,7 @@ holds (LoRA inside the layers, a head). Right after conversion the distance is w
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meft.backbone.layers import ReversibleLayer
+from meft.errors import MaterializedLogitsWarning
 from meft.loss import lazily
 
 from .deployment import as_in_training
@@ -82,13 +84,16 @@ def distance_from_plain(model: nn.Module, *args: Any, **batch: Any) -> Distance 
         return None
     # The Trainer divides by the items of all batches of a step; without it the loss is the mean of this one.
     batch.pop("num_items_in_batch", None)
-    with preserved(model), torch.no_grad(), lazily():
+    batch.pop("fused_lm_head", None)  # of TRL: log-probabilities in place of the loss and the logits
+    with preserved(model), torch.no_grad(), lazily(), warnings.catch_warnings():
+        # Those of a few positions are meant.
+        warnings.simplefilter("ignore", MaterializedLogitsWarning)
         model.eval()
         with replaced(reversible_stacks, as_in_training):
             loss, predicted = _run(model, args, batch)
         with plain(layers):
             plain_loss, plainly = _run(model, args, batch)
-    return Distance(loss, plain_loss, _divergence(plainly, predicted))
+        return Distance(loss, plain_loss, _divergence(plainly, predicted))
 
 
 @contextmanager

@@ -112,21 +112,12 @@ def _must_move(name: str, model: nn.Module, subject: Subject) -> bool:
     """Weights of adapters in layers that the loss reaches.
 
     A pretrained model has parameters that no loss reaches, and a bias that is added to every token does not change
-    which token answers a question. An output rule may leave out what the last layer's second adapter adds to.
+    which token answers a question.
     """
     if "meft_" not in name or not name.endswith(".weight"):
         return False
-    for stack in find_stacks(model, subject.family.stacks):
-        for index in subject.reached_in(stack):
-            if name.startswith(f"{stack.name}.{index}."):
-                return index != stack.order[-1] or not any(f".meft_{f.lower()}_" in name for f in _unread(stack))
-    return False
-
-
-def _unread(stack: Stack) -> set[str]:
-    placement = stack.layers[0].placement() if isinstance(stack.layers[0], ReversibleLayer) else None
-    coupling = None if placement is None else placement.reversible_stack.plan.coupling
-    return set() if coupling is None else coupling.unread()
+    stacks = find_stacks(model, subject.family.stacks)
+    return any(name.startswith(f"{stack.name}.{index}.") for stack in stacks for index in subject.reached_in(stack))
 
 
 def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:

@@ -10,9 +10,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from meft.errors import DataError, UnsupportedModelError
+from meft.errors import DataError
 from meft.loading import models as loading
 from meft.training.data.base import TaskData, TaskSpec
 from meft.training.data.known import check_known
@@ -51,13 +50,7 @@ class MultipleChoice(TaskKind):
 
     def check_model(self, model: PreTrainedModel, processor: Any, name: str) -> None:
         super().check_model(model, processor, name)
-        # BERT and its like can be loaded for this, and would see the answer that they are to predict.
-        masked = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        if masked and getattr(model.config, "is_decoder", True) is False:
-            raise UnsupportedModelError(
-                f"{name} is a {model.config.model_type}, which reads texts in both directions and so is no language "
-                "model that answers could be scored by. Give a causal one: OPT, GPT-2, Llama, ..."
-            )
+        loading.check_causal(model, name)
 
     def heads(self, model: PreTrainedModel, new_modules: Sequence[str]) -> tuple[str, ...]:
         """A pretrained language model has its head; only what started at random is trained in full."""

@@ -21,7 +21,7 @@ import datasets
 
 from meft.errors import ConfigError, DataError
 from meft.training.data.base import TaskData, TaskSpec, require_file
-from meft.training.data.files import Row, read_rows
+from meft.training.data.lines import Row, read_rows
 
 from .question_rows import Question, lettered, piqa, sciq
 

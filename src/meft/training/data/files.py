@@ -1,28 +1,22 @@
-"""The user's own rows: CSV, TSV or JSON lines with named text and label columns.
-
-CSV files are quoted as spreadsheets and pandas write them; TSV files are read like those of GLUE, without quoting.
-"""
+"""The user's own rows with named text and label columns."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
 from meft.errors import ConfigError, DataError
 
-from .base import TaskData, TaskSpec, listed, require_file, to_rows
+from .base import TaskData, TaskSpec, listed, to_rows
+from .lines import Row, excerpt
+from .sources import read_split
 
 # Fewer classes than these are believed whatever the number of rows.
 _MANY_CLASSES = 20
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class FileOptions:
             )
 
 
-def load_files(files: dict[str, str | Path], options: FileOptions) -> TaskData:
+def load_files(files: dict[str, str | Path], options: FileOptions, *, cache_dir: str | None = None) -> TaskData:
     """Reads the user's own files.
 
     Example:
@@ -65,14 +59,16 @@ def load_files(files: dict[str, str | Path], options: FileOptions) -> TaskData:
         ('1', '2', '3', '4', '5')
 
     Args:
-        files: A file for each of `"train"`, `"validation"` and `"test"` that is wanted. Test rows need no labels.
+        files: A file, a folder or a name on the hub for each of `"train"`, `"validation"` and `"test"` that is wanted.
+            Test rows need no labels.
         options: The columns and labels.
+        cache_dir: Where the hub's files are kept.
 
     Raises:
         DataError: A file is missing, empty or malformed, has no such column, or has a label that the others lack;
             the message gives the line.
     """
-    tables = {split: _Table(Path(path), split, options) for split, path in files.items()}
+    tables = {split: _Table(Path(path), split, options, cache_dir) for split, path in files.items()}
     labels = _label_names(tables, options)
     metrics = ("pearson", "spearman") if options.regression else ("accuracy", "f1_macro")
     spec = TaskSpec("files", labels, metrics, regression=options.regression)
@@ -82,11 +78,10 @@ def load_files(files: dict[str, str | Path], options: FileOptions) -> TaskData:
 class _Table:
     """One file, read and checked but for its labels."""
 
-    def __init__(self, path: Path, split: str, options: FileOptions) -> None:
-        self.path, self.options = path, options
-        numbered = list(read_rows(require_file(path, f"the {split} file")))
-        if not numbered:
-            raise DataError(f"{path} has no rows. Give a file with at least one row.")
+    def __init__(self, path: Path, split: str, options: FileOptions, cache_dir: str | None) -> None:
+        source = read_split(str(path), split, cache_dir)
+        self.path, self.unit, self.options = source.name, source.unit, options
+        numbered = source.rows
         self.lines = [line for line, _ in numbered]
         self.raw = [row for _, row in numbered]
         columns = list(dict.fromkeys(name for _, row in numbered for name in row))
@@ -107,11 +102,13 @@ class _Table:
         for line, label in zip(self.lines, self.labels, strict=True):
             if label not in index:
                 raise DataError(
-                    f"Line {line} of {self.path} has the label {_excerpt(label)!r}; the labels are "
-                    f"{listed(spec.labels)}. "
+                    f"{self.where(line)} has the label {excerpt(label)!r}; the labels are {listed(spec.labels)}. "
                     "Mend that line, or name every label with --labels."
                 )
         return to_rows(self.texts, [index[label] for label in self.labels])
+
+    def where(self, line: int) -> str:
+        return f"{self.unit} {line} of {self.path}"
 
     def _require(self, name: str, columns: list[str], option: str) -> None:
         if name in columns:
@@ -120,12 +117,12 @@ class _Table:
         hint = f" Did you mean {close[0]!r}?" if close else f" Give one of them as --{option}."
         raise DataError(f"{self.path} has no column {name!r}; its columns are {listed(columns)}.{hint}")
 
-    def _texts(self, name: str, columns: list[str], numbered: list[tuple[int, Row]]) -> list[str]:
+    def _texts(self, name: str, columns: list[str], numbered: Sequence[tuple[int, Row]]) -> list[str]:
         self._require(name, columns, "text_column")
         for line, row in numbered:
             if not isinstance(row.get(name), str):
                 raise DataError(
-                    f"Line {line} of {self.path} has {row.get(name)!r} in column {name!r}, where a text is expected. "
+                    f"{self.where(line)} has {row.get(name)!r} in column {name!r}, where a text is expected. "
                     "Mend or remove that line."
                 )
             self._check_unicode(line, name, row[name])
@@ -142,7 +139,7 @@ class _Table:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"Line {line} of {self.path} has text in column {name!r} that is no Unicode: "
+                f"{self.where(line)} has text in column {name!r} that is no Unicode: "
                 f"{error.object[error.start]!r} alone is half a character. Mend or remove that line."
             ) from error
 
@@ -150,7 +147,7 @@ class _Table:
         value = row.get(self.options.label_column)
         if value is None or value == "" or isinstance(value, (list, dict)):
             raise DataError(
-                f"Line {line} of {self.path} has no label: column {self.options.label_column!r} holds {value!r}. "
+                f"{self.where(line)} has no label: column {self.options.label_column!r} holds {value!r}. "
                 "Mend or remove that line."
             )
         self._check_unicode(line, self.options.label_column, str(value))
@@ -160,7 +157,7 @@ class _Table:
         number = _as_number(label)
         if number is None:
             raise DataError(
-                f"Line {line} of {self.path} has the label {_excerpt(label)!r}, which is no finite number, beside "
+                f"{self.where(line)} has the label {excerpt(label)!r}, which is no finite number, beside "
                 "--regression. Mend that line, or leave --regression out to predict classes."
             )
         return number
@@ -220,75 +217,3 @@ def _as_number(label: str) -> float | None:
     except ValueError:
         return None
     return number if abs(number) < float("inf") else None
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line numbers (from 1) and rows of a file with one of `SUFFIXES`.
-
-    Raises:
-        DataError: The file has another suffix, or a line of it is malformed.
-    """
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json, ".json": _read_json}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}; it must be one of {', '.join(SUFFIXES)}.")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    layout: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=not layout, **layout)
-        try:
-            header = next(reader, [])
-            repeated = next((name for name in header if header.count(name) > 1), None)
-            if repeated is not None:
-                raise DataError(f"{path} has two columns {repeated!r}. Rename one of them.")
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"Line {reader.line_num} of {path} has {len(cells)} columns, the header has {len(header)} "
-                        f"({', '.join(header)}). Mend that line."
-                    )
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(f"Line {reader.line_num} of {path} cannot be read: {error}. Mend that line.") from error
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.strip())
-            except RecursionError as error:
-                raise DataError(
-                    f"Line {number} of {path} is nested too deeply: {_excerpt(line)}. Every line must be one JSON "
-                    'object, such as {"text": "...", "label": "..."}.'
-                ) from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"Line {number} of {path} is not valid JSON ({error.msg} at column {error.colno}): "
-                    f"{_excerpt(line)}. Every line must be one JSON object."
-                ) from error
-            except ValueError as error:
-                raise DataError(f"Line {number} of {path} cannot be read: {error}. Mend that line.") from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"Line {number} of {path} is a JSON {type(row).__name__}: {_excerpt(line)}. Every line must be one "
-                    'JSON object, such as {"text": "...", "label": "..."}.'
-                )
-            yield number, row
-
-
-def _excerpt(line: str, length: int = 60) -> str:
-    line = line.strip()
-    return line if len(line) <= length else f"{line[:length]}..."

@@ -8,31 +8,42 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics as sk
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
-def _correlation(correlate: Callable[..., tuple[float, float]]) -> Metric:
+def _correlation(name: str) -> Metric:
     def compute(predictions: np.ndarray, labels: np.ndarray) -> float:
+        from scipy import stats
+
         # A model that predicts one number for every row has no correlation: nan, without SciPy's warning about it.
         if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return float("nan")
-        return float(correlate(predictions, labels)[0])
+        return float(getattr(stats, name)(predictions, labels)[0])
+
+    return compute
+
+
+def _score(name: str, **options: Any) -> Metric:
+    def compute(predictions: np.ndarray, labels: np.ndarray) -> float:
+        # Not at the head: it takes seconds, and --help needs none of it.
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(labels, predictions, **options))
 
     return compute
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": lambda predictions, labels: float(sk.accuracy_score(labels, predictions)),
-    "f1": lambda predictions, labels: float(sk.f1_score(labels, predictions, zero_division=0.0)),
-    "f1_macro": lambda predictions, labels: float(sk.f1_score(labels, predictions, average="macro", zero_division=0.0)),
-    "matthews_correlation": lambda predictions, labels: float(sk.matthews_corrcoef(labels, predictions)),
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
+    "accuracy": _score("accuracy_score"),
+    "f1": _score("f1_score", zero_division=0.0),
+    "f1_macro": _score("f1_score", average="macro", zero_division=0.0),
+    "matthews_correlation": _score("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }
 
 

@@ -43,6 +43,9 @@ class Encoded:
         skipped: How many rows of a split were left out because cutting them would lose what is asked or answered.
         questions: Rows by split that are scored as texts, beside those of `splits`.
         unlabelled: The splits without labels, which can be predicted but not scored.
+        length: The most tokens that a row has, where that was chosen.
+        columns: The names of the columns that are learnt from, where the rows are the user's own.
+        messages: Whether rows are messages, written by the chat template.
     """
 
     splits: dict[str, Dataset]
@@ -50,6 +53,9 @@ class Encoded:
     skipped: dict[str, int] = field(default_factory=dict)
     questions: dict[str, Dataset] = field(default_factory=dict)
     unlabelled: frozenset[str] = frozenset()
+    length: int | None = None
+    columns: tuple[str, ...] = ()
+    messages: bool = False
 
 
 class TaskKind(ABC):
@@ -60,7 +66,11 @@ class TaskKind(ABC):
         task_type: PEFT's task type, or `None` where PEFT has none.
         auto_model: The Auto class of Transformers that loads the model.
         tasks: What `--task` may be; empty for the user's own files.
-        options: The data arguments that belong to this kind alone.
+        options: The data arguments that belong to this kind alone, or to a few.
+        rows: What the user's own rows of this kind are called in messages; empty for tasks by name.
+        method: The way to train where none is asked for.
+        measured_steps: How many steps are timed before training where nothing else is asked for.
+        trainer: Which trainer of `meft.training.trainers` it is trained by.
         keep_columns: Whether the rows have columns that the model's `forward` does not name, for the collator.
     """
 
@@ -69,6 +79,10 @@ class TaskKind(ABC):
     auto_model: ClassVar[Any]
     tasks: ClassVar[tuple[str, ...]]
     options: ClassVar[tuple[str, ...]] = ()
+    rows: str = ""
+    method: ClassVar[str] = "meft1"
+    measured_steps: ClassVar[int] = 5
+    trainer: ClassVar[str] = "classic"
     keep_columns: ClassVar[bool] = False
 
     @abstractmethod

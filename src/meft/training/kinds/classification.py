@@ -52,7 +52,7 @@ class TextClassification(TaskKind):
         cache_dir: str | None,
     ) -> TaskData:
         files = {split: getattr(arguments, f"{split}_file") for split in splits}
-        return load_files(files, arguments.file_options(labels))
+        return load_files(files, arguments.file_options(labels), cache_dir=cache_dir)
 
     def configure(self, config: PretrainedConfig, spec: TaskSpec, processor: Any) -> None:
         config.num_labels = spec.outputs
