@@ -118,9 +118,7 @@ class CallArguments:
         """Whether blocks have nowhere to leave anything, and read the hidden state as their first argument alone."""
         return not self._mappings and not self._recording and not self._same
 
-    def arguments(
-        self, hidden: Tensor | None, outside: Sequence[Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, hidden: Tensor | None, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments after the hidden state, with other tensors in the place of it and of the outside ones."""
         if self._fixed:
             return self._args, dict(self._kwargs)

@@ -96,7 +96,7 @@ class Plan(WithOptions):
         return None if self.tile_size is None else int(self.tile_size)
 
     def stage_tile(self, tokens: int) -> int | None:
-        """How many of so many tokens to give a token-wise stage of a layer at once; None for a layer that runs whole."""
+        """How many of so many tokens to give a token-wise stage at once; None for a layer that runs whole."""
         if self.tile_size == "auto":
             return -(-tokens // _STAGE_TILES) if tokens >= _TILED_FROM else None
         return None if self.tile_size is None else int(self.tile_size)

@@ -491,9 +491,7 @@ def _undo_chain(
         value, edges = run.values[0].detach(), run.edges()
         tile = (tile_of(streams[0], part), tile_of(streams[1], part))
         signs = _signs_of(pending.signs, shape, part)
-        tile = step.inverse(
-            tape.arithmetic, tile, value, numbered.get(part.start), signs, in_place=tape.in_place
-        )
+        tile = step.inverse(tape.arithmetic, tile, value, numbered.get(part.start), signs, in_place=tape.in_place)
         del value
         if not tape.in_place:
             pieces.put(part, (tile[step.target],))
@@ -572,7 +570,9 @@ def _differentiate(
 ) -> Sequence[Tensor | None]:
     """Differentiates one run of a stage; returns the gradients of its boundary."""
     known = [
-        (edge[0], g.to(edge[1])) for edge, g in zip(edges, gradients, strict=False) if edge is not None and g is not None
+        (edge[0], g.to(edge[1]))
+        for edge, g in zip(edges, gradients, strict=False)
+        if edge is not None and g is not None
     ]
     own = (run.source,) if run.source is not None and pending.below else ()
     wanted = (*pending.leaves, *run.leaves, *own)

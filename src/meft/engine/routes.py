@@ -58,8 +58,8 @@ class Severed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         raise UnsupportedModelError(
-            "A loss depends on an activation that was caught inside a reversible layer (an auxiliary loss, a hook), and "
-            "the layer runs in stages, between which such a gradient cannot pass. Use tile_size=None, which runs "
+            "A loss depends on an activation that was caught inside a reversible layer (an auxiliary loss, a hook), "
+            "and the layer runs in stages, between which such a gradient cannot pass. Use tile_size=None, which runs "
             'layers whole, or backward="cached". This step\'s gradients were not applied.'
         )
 

@@ -376,9 +376,9 @@ OPTIONS: tuple[Option, ...] = (
         "tile_size",
         Integer(1),
         "auto",
-        "Tokens that what acts on each token alone is given at once. A layer whose stages are known runs in three: before "
-        "attention in tiles, attention, after it in tiles, so that only one of them is rebuilt at a time. Of other "
-        "layers, a feed-forward block that is coupled by itself (meft3, and momentum by blocks) is run in tiles.",
+        "Tokens that what acts on each token alone is given at once. A layer whose stages are known runs in three: "
+        "before attention in tiles, attention, after it in tiles, so that only one of them is rebuilt at a time. Of "
+        "other layers, a feed-forward block that is coupled by itself (meft3, and momentum by blocks) runs in tiles.",
         "plan",
         none="all of them at once, and layers whole",
         words=MappingProxyType(

@@ -75,7 +75,16 @@ FAMILIES = (
 TABLE: dict[str, Architecture] = {name: row for family in FAMILIES for name, row in family.ROWS.items()}
 """Layer classes of Transformers, by name, and what is known of them."""
 
-__all__ = ["FAMILIES", "TABLE", "Architecture", "architecture_of", "ends_in_norm", "feed_forward_of", "owner_of_forward", "split_of"]
+__all__ = [
+    "FAMILIES",
+    "TABLE",
+    "Architecture",
+    "architecture_of",
+    "ends_in_norm",
+    "feed_forward_of",
+    "owner_of_forward",
+    "split_of",
+]
 
 _INSTEAD = 'Use coupling="meft1", "meft2" or "momentum", which take a layer as a whole.'
 
