@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,11 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_collection() -> Iterator[None]:
+    """The Trainer collects garbage at every start; most of a test would go into looking at what was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

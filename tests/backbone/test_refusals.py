@@ -150,7 +150,7 @@ def test_nothing_to_restore_is_refused() -> None:
         ({"coupling": "meft1", "lam": 0}, "lam=0 cannot be used in exact arithmetic"),
         ({"coupling": "meft2", "beta": 0.0, "arithmetic": "float"}, "beta=0.0 cannot be inverted"),
         ({"coupling": "meft1", "lam": -0.5}, "lam=-0.5 cannot be used in exact arithmetic"),
-        ({"coupling": "meft1", "lam": float("nan"), "arithmetic": "float"}, "lam=nan cannot be inverted"),
+        ({"coupling": "meft1", "lam": float("nan"), "arithmetic": "float"}, "lam=nan is out of range"),
         ({"lam": 0.5}, "lam=0.5 was given, but coupling='momentum' has no lam. Its factors are gamma"),
         ({"coupling": "meft1", "gamma": 0.5}, "coupling='meft1' has no gamma. Its factors are lam and beta"),
         ({"output": "oldest"}, "output='oldest' is no output rule"),

@@ -350,7 +350,7 @@ def test_a_cache_that_is_passed_in_training_is_said_once(kind: str) -> None:
     ("names", "text"),
     [
         (["self_attn_layer_norm"], r"names model\.decoder\.layers\.0\.self_attn_layer_norm of OPTForCausalLM.*further"),
-        (["norm"], r"names model\.decoder\.layers\.0\.self_attn_layer_norm .*compares the ends of names"),
+        (["norm"], r"'norm' is the end of the names of MEFT's own modules .*Give more of the name"),
         (["layers.1"], r"'layers\.1' names model\.decoder\.layers\.1 of"),
         (["decoder"], r"'decoder' names model\.decoder of"),
     ],

@@ -23,6 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", [name for name in GLUE_TASKS if name != "wnli"])
 def test_every_task(task: str, model: Path, tmp_path: Path) -> None:
     content = LAYOUTS[task][0].replace("A", "a cat")  # a word that the model knows: predictions differ
+    content = content.replace("He ", "the cat ").replace("no wit ", "a cat ")
     header = "" if task == "cola" else content.splitlines(keepends=True)[0]
     rows = content.removeprefix(header)
     data = ["--task", task, f"--data_dir={write(tmp_path / 'glue' / GLUE_TASKS[task].folder, task, header + rows * 3)}"]

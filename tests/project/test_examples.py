@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +20,12 @@ from support.launching import EXAMPLES
 pytest.importorskip("trl", minversion="1.16")
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_collection"),
     # TRL hands on names that Transformers 5.23 deprecates.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
     # The profiler of the step that is measured meets modules that TRL compiles with annotations.
     pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection() -> Iterator[None]:
-    """The Trainer collects garbage at every start; most of a test would go into looking at what was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

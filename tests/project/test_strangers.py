@@ -146,7 +146,7 @@ def test_an_adapter_that_lacks_a_layer_is_refused_by_peft_itself_only_with_a_war
 
 
 QUICK = ("--learning_rate=nan", "--num_train_epochs=0", "--save_steps=inf", "--logging_steps=-1", "--seed=-1",
-         "--adam_beta1=1e400", "--optim=adamw_bnb_8bit", "--report_to=wandb", "--modules_to_save=nothing",
+         "--adam_beta1=1e400", "--report_to=wandb", "--modules_to_save=nothing",
          "--output_dir=/dev/null", "--train_file=/dev/stdin", "train: unknown.csv", "train: many.csv", "train: bom.csv",
          "train: numbers.csv", "train: empty_texts.csv", "train: surrogate.jsonl", "train: deep.jsonl",
          "validation: new_label.csv", "a pipe", "a link to nothing")  # fmt: skip

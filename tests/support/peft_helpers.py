@@ -13,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 import meft
 from meft.backbone.discovery import find_stacks
+from meft.backbone.layers import shared_by
 from support import models
 
 COUPLINGS = ("meft1", "meft2", "meft3", "momentum")
@@ -94,10 +95,9 @@ def unread(model: nn.Module) -> set[str]:
     """Weights of MEFT adapters that add to a stream that nothing reads: the output rule leaves it out, at the top."""
     found = set()
     for stack in find_stacks(model):
-        placement = stack.layers[stack.order[-1]].placement() if isinstance(stack.layers[-1], meft.MeftLayer) else None
-        coupling = None if placement is None else placement.reversible_stack.plan.coupling
-        for function in () if coupling is None else coupling.unread():
-            start = f"{stack.name}.{stack.order[-1]}.meft_{function.lower()}_"
+        shared, highest = shared_by(stack.layers), stack.order[-1]
+        for function in () if shared is None else shared.unread(highest):
+            start = f"{stack.name}.{highest}.meft_{function.lower()}_"
             found |= {name for name, _ in model.named_parameters() if name.startswith(start)}
     return found
 

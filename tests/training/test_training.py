@@ -117,7 +117,7 @@ def test_a_reference_without_enough_memory_is_said(
     monkeypatch.setattr(loading, "load_model", load_model)
     said: list[str] = []
     found = train(model, rte, tmp_path / "run", "--method=lora", "--measure_steps=1", *STEPS, say=said.append)
-    assert said[-1] == "full fine-tuning does not fit into the memory of cpu: there is no time ratio."
+    assert "full fine-tuning does not fit into the memory of cpu: there is no time ratio." in said
     assert found["step_time_ratio"] is None and found["peak_activation_bytes"] > 0
 
 

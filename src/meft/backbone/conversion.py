@@ -80,7 +80,8 @@ def make_reversible(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         if options["fused_loss"]:
             reversible_stacks[0].changes.extend(attach(model))
             reversible_stacks[0].heads.extend(heads(model))
-    logger.info(str(found_in(model)))
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(str(found_in(model)))
     return model
 
 

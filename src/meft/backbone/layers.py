@@ -42,7 +42,7 @@ from .compilation import Compiler, is_compiled, options_around, options_of, run,
 from .foreign import check_transforms
 from .patching import Patched
 from .recording import records
-from .stack import Placement, ReversibleStack
+from .stack import Container, Placement, ReversibleStack
 from .staging import chain_of, staged
 from .standin import StandIn
 
@@ -429,6 +429,15 @@ class ReversibleLayer(StandIn):
                 "give gradients to. Use one process a device (accelerate launch, torchrun), or show the process one "
                 "device (CUDA_VISIBLE_DEVICES)."
             )
+
+
+def shared_by(layers: Container) -> ReversibleStack | None:
+    """What the wrappers of a list of layers share, or None if they run their layers as they are."""
+    for layer in map(inside, layers):
+        placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
+        if placement is not None:
+            return placement.reversible_stack
+    return None
 
 
 class _State:

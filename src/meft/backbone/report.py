@@ -9,9 +9,8 @@ from torch import nn
 
 from meft.errors import ConfigError
 
-from .checkpointing import inside
 from .discovery import check_module
-from .layers import ReversibleLayer
+from .layers import ReversibleLayer, shared_by
 from .stack import ReversibleStack
 
 _MIB = 2**20
@@ -105,11 +104,9 @@ def reversible_stacks(model: nn.Module) -> dict[str, ReversibleStack]:
 def _stacks(model: nn.Module) -> Iterator[tuple[str, ReversibleStack]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            for layer in map(inside, module):
-                placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
-                if placement is not None:
-                    yield name, placement.reversible_stack
-                    break
+            found = shared_by(module)
+            if found is not None:
+                yield name, found
 
 
 def _outside(module: nn.Module, name: str, inside: set[nn.Parameter]) -> Iterator[str]:

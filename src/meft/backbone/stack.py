@@ -93,6 +93,12 @@ class ReversibleStack:
             return self.order.index(index)
         return position
 
+    def unread(self, index: int) -> set[str]:
+        """Functions of the layer at `index` that add to nothing but a stream which the output rule leaves out."""
+        coupling = self.plan.coupling
+        highest = index == self.order[-1] and self.order.count(index) == 1
+        return coupling.unread() if coupling is not None and highest else set()
+
     def as_deployed(self) -> bool:
         """Whether the layers are to run as the plain model's: random signs are drawn in training only."""
         coupling = self.plan.coupling

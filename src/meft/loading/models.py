@@ -226,9 +226,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether a model of this configuration writes texts from left to right."""
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _reads_both_ways(config)
+
+
+def _reads_both_ways(config: PretrainedConfig) -> bool:
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return known and not (masked and getattr(config, "is_decoder", True) is False)
+    return masked and getattr(config, "is_decoder", True) is False
 
 
 def check_causal(model: PreTrainedModel, name: str) -> None:
@@ -237,8 +240,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     Raises:
         UnsupportedModelError: It is one of these.
     """
-    masked = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if masked and getattr(model.config, "is_decoder", True) is False:
+    if _reads_both_ways(model.config):
         raise UnsupportedModelError(
             f"{name} is a {model.config.model_type}, which reads texts in both directions and so is no language "
             "model that answers could be scored by. Give a causal one: OPT, GPT-2, Llama, ..."

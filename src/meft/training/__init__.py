@@ -104,6 +104,7 @@ def train(
         deterministic=trainer_arguments.full_determinism,
         say=say,
         settings=begun_with(folder, meft_arguments.method) if state == "resume" else None,
+        kind=kind,
     )
     if state == "resume":
         sources = _sources(data_arguments)

@@ -93,10 +93,12 @@ def prepare_training(
     deterministic: bool = False,
     say: Say,
     settings: Mapping[str, Any] | None = None,
+    kind: TaskKind | None = None,
 ) -> Prepared:
     """Loads data and model, seeds every generator, and applies the method.
 
-    `settings` are those that a run which goes on began with, for options that are left open.
+    `settings` are those that a run which goes on began with, for options that are left open. `kind` is that of
+    `chosen_kind`, where it was asked before: of own rows it takes reading them.
 
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedModelError: Something given is not valid.
@@ -104,7 +106,7 @@ def prepare_training(
     name = loading.absolute(model_arguments.model_name_or_path)
     if is_adapter(name):
         raise ConfigError(f"{name} is an adapter, not a model. Give the base model to train a new adapter on.")
-    kind = chosen_kind(model_arguments, data_arguments)
+    kind = kind or chosen_kind(model_arguments, data_arguments)
     config = loading.load_config(model_arguments, name, kind.what)
     data = _load_rows(kind, data_arguments, ("train", "validation"), config, None, model_arguments.cache_dir, say)
     processor = kind.load_processor(model_arguments, name)

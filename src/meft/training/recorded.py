@@ -20,6 +20,7 @@ from meft.options import METHOD, options_of
 from meft.storage.claims import read_object, require
 
 from .arguments import DataArguments, TrainerArguments
+from .data.chats import CLASSES, FORMS
 
 TASK_FILE = "task.json"
 
@@ -55,7 +56,7 @@ _COLUMNS = _Claim("one or two names", lambda value: isinstance(value, list) and 
 _SHARE = _Claim("a number from 0 to below 1", lambda value: isinstance(value, float) and 0 <= value < 1)
 _RENAMED = _Claim("pairs of names such as prompt=question", lambda value: isinstance(value, list)
                   and all(_is_text(name) and "=" in name and not name.startswith("-") for name in value))  # fmt: skip
-_FORMS = ("conversations", "completions", "preferences", "text", "classes")
+_FORMS = (*FORMS, CLASSES)
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 ALIKE: Mapping[type, Mapping[str, _Claim]] = {

@@ -126,7 +126,7 @@ def differences(before: Mapping[str, Any], arguments: Mapping[str, Any]) -> list
 
 def gone_on_with(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """What an unfinished run goes on with that it did not begin with, in words."""
-    run = _read_run(folder)
+    run = read_run(folder)
     before = run["arguments"]
     if _nothing_learnt(folder, run):
         return _in_words(before, arguments, [name for name in before if name not in _WITHOUT_EFFECT])
@@ -142,7 +142,7 @@ def check_rows(folder: Path, digests: Mapping[str, str], sources: Mapping[str, s
     Raises:
         OutputFolderError: They are others, and the run must stay.
     """
-    run = _read_run(folder)
+    run = read_run(folder)
     began: Mapping[str, Any] = run.get("rows", {})
     changed = [split for split in digests if split in began and began[split] != digests[split]]
     if not changed or _nothing_learnt(folder, run):
@@ -179,7 +179,7 @@ def begun_with(folder: Path, method: str) -> dict[str, Any]:
 
     Runs of version 0.1.0 did not say; they had that version's.
     """
-    run = _read_run(folder)
+    run = read_run(folder)
     if _nothing_learnt(folder, run):
         return {}
     found = run["settings"] if "settings" in run else saved_before(method) if method in PLACES else None
@@ -217,7 +217,7 @@ def claimed(
             folder.mkdir()
     with _locked(folder):
         if state == "resume":
-            run = _read_run(folder)
+            run = read_run(folder)
             changed = gone_on_with(folder, arguments)
             if _nothing_learnt(folder, run):
                 del run["failed"]
@@ -240,7 +240,7 @@ def claimed(
 
 
 def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resume: str) -> str | None:
-    run = _read_run(folder)
+    run = read_run(folder)
     if RESULTS_FILE in names:
         return f"a finished run (started {run['started']})"
     changed = differences(run["arguments"], arguments)
@@ -251,7 +251,12 @@ def _why_not(folder: Path, names: list[str], arguments: Mapping[str, Any], resum
     return None
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        CheckpointError: It cannot be read, or a field of it is of another type than is written there.
+    """
     path = folder / RUN_FILE
     run = read_object(path, {"arguments": dict, "started": str})
     require(path, "rows", run.get("rows", {}), dict)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from meft.methods.registry import Way
-from meft.storage.files import read_json
 
 from .arguments import TrainerArguments
 from .kinds.base import Say
-from .runs import RESULTS_FILE, RUN_FILE
+from .runs import RESULTS_FILE, RUN_FILE, read_run
 
 LINES = 20
 """How often the loss is printed in a run."""
@@ -56,7 +55,7 @@ def _began(folder: Path) -> Mapping[str, Any]:
     """The arguments of an unfinished run in a folder."""
     if not (folder / RUN_FILE).is_file() or (folder / RESULTS_FILE).is_file():
         return {}
-    found: Mapping[str, Any] = read_json(folder / RUN_FILE).get("arguments", {})
+    found: Mapping[str, Any] = read_run(folder)["arguments"]
     return found
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -171,7 +170,7 @@ def build_trl(prepared: Prepared, arguments: TrainerArguments, *, split: str, **
     else:
         config = SFTConfig(**values, packing=data.packing, eval_packing=False, completion_only_loss=False)
     kind: Any = PreferenceTrainer if preferences else LanguageTrainer
-    with quiet_datasets(), warnings.catch_warnings():
+    with quiet_datasets():
         trainer = kind(
             model=prepared.model,
             args=config,

@@ -163,10 +163,7 @@ class MeftLayer(ReversibleLayer, BaseTunerLayer):
         Trackers of unused parameters (DDP) and of optimizer states (FSDP) take that for a fault.
         """
         for name, (reversible_stack, index, *_) in self.meft_places.items():
-            coupling, order = reversible_stack.plan.coupling, reversible_stack.order
-            if coupling is None or index != order[-1] or order.count(index) > 1:
-                continue
-            for function, part in product(coupling.unread(), ("down", "up", "norm")):
+            for function, part in product(reversible_stack.unread(index), ("down", "up", "norm")):
                 held = getattr(self, f"meft_{function.lower()}_{part}", {})
                 if name in held:
                     held[name].requires_grad_(False)

@@ -7,7 +7,6 @@ holds (LoRA inside the layers, a head). Right after conversion the distance is w
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from meft.backbone.layers import ReversibleLayer
-from meft.errors import MaterializedLogitsWarning
 from meft.loss import lazily
 
 from .deployment import as_in_training
@@ -85,9 +83,7 @@ def distance_from_plain(model: nn.Module, *args: Any, **batch: Any) -> Distance 
     # The Trainer divides by the items of all batches of a step; without it the loss is the mean of this one.
     batch.pop("num_items_in_batch", None)
     batch.pop("fused_lm_head", None)  # of TRL: log-probabilities in place of the loss and the logits
-    with preserved(model), torch.no_grad(), lazily(), warnings.catch_warnings():
-        # Those of a few positions are meant.
-        warnings.simplefilter("ignore", MaterializedLogitsWarning)
+    with preserved(model), torch.no_grad(), lazily():
         model.eval()
         with replaced(reversible_stacks, as_in_training):
             loss, predicted = _run(model, args, batch)

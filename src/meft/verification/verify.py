@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from meft.backbone.conversion import find_stacks
-from meft.backbone.layers import ReversibleLayer
+from meft.backbone.layers import ReversibleLayer, shared_by
 from meft.backbone.plan import Plan
-from meft.backbone.stack import Container, ReversibleStack
+from meft.backbone.stack import ReversibleStack
 from meft.engine.engine import observed_by
 from meft.engine.replay import RngState
 from meft.errors import ConfigError, DriftWarning, ReconstructionError, UnsupportedModelError
@@ -125,7 +125,7 @@ def _find_coupled(model: nn.Module) -> list[CoupledStack]:
             f"{type(model).__name__} is not reversible, so there is nothing to verify. Make it so with "
             "peft.get_peft_model(model, meft.MeftConfig(...)) or meft.make_reversible(model) first."
         )
-    pairs = [(stack, reversible_stack) for stack in stacks if (reversible_stack := _coupled(stack.layers)) is not None]
+    pairs = [(stack, reversible_stack) for stack in stacks if (reversible_stack := shared_by(stack.layers)) is not None]
     if not pairs:
         raise ConfigError(
             f"No MEFT adapter of {type(model).__name__} is active, so its layers run as they are. Leave "
@@ -143,15 +143,6 @@ def _find_coupled(model: nn.Module) -> list[CoupledStack]:
         CoupledStack(reversible_stack.name if unique else stack.name, stack, reversible_stack)
         for stack, reversible_stack in live
     ]
-
-
-def _coupled(layers: Container) -> ReversibleStack | None:
-    """What the wrappers of a stack share, or None if they run their layers as they are."""
-    for layer in layers:
-        placement = layer.placement() if isinstance(layer, ReversibleLayer) else None
-        if placement is not None:
-            return placement.reversible_stack
-    return None
 
 
 def _rebuilds(reversible_stack: ReversibleStack) -> bool:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from meft.backbone.conversion import Stack, find_stacks, layer_drop_unsaid, make_reversible
-from meft.backbone.layers import ReversibleLayer
+from meft.backbone.layers import shared_by
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.verification import verify
 
@@ -112,12 +112,21 @@ def _must_move(name: str, model: nn.Module, subject: Subject) -> bool:
     """Weights of adapters in layers that the loss reaches.
 
     A pretrained model has parameters that no loss reaches, and a bias that is added to every token does not change
-    which token answers a question.
+    which token answers a question. Of the highest layer that is reached, one stream may be read alone.
     """
     if "meft_" not in name or not name.endswith(".weight"):
         return False
-    stacks = find_stacks(model, subject.family.stacks)
-    return any(name.startswith(f"{stack.name}.{index}.") for stack in stacks for index in subject.reached_in(stack))
+    for stack in find_stacks(model, subject.family.stacks):
+        reached = subject.reached_in(stack)
+        for index in reached:
+            if name.startswith(f"{stack.name}.{index}."):
+                return index != max(reached) or not any(f".meft_{f.lower()}_" in name for f in _unread(stack))
+    return False
+
+
+def _unread(stack: Stack) -> set[str]:
+    shared = shared_by(stack.layers)
+    return set() if shared is None or shared.plan.coupling is None else shared.plan.coupling.unread()
 
 
 def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:
@@ -144,9 +153,9 @@ def _rebuilds(subject: Subject, way: str, model: nn.Module) -> str:
 
 def _as_they_are(stack: Stack) -> set[int]:
     """Indices of the layers that run uncoupled: those that change the shape, and all of a list that is no stack."""
-    placements = [layer.placement() for layer in stack.layers if isinstance(layer, ReversibleLayer)]
-    reversible_stack = next(placement.reversible_stack for placement in placements if placement is not None)
-    return set(range(len(stack.layers))) if reversible_stack.left_out else reversible_stack.plain
+    shared = shared_by(stack.layers)
+    assert shared is not None
+    return set(range(len(stack.layers))) if shared.left_out else shared.plain
 
 
 def _doubled(batch: Mapping[str, Any]) -> dict[str, Any]:

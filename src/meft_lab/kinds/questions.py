@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meft.errors import DataError
 from meft.loading import models as loading
 from meft.training.data.base import TaskData, TaskSpec
 from meft.training.data.known import check_known
-from meft.training.kinds.base import Collator, Encoded, Say, Scorer, TaskKind, first_rows
+from meft.training.kinds.base import Collator, Encoded, Say, Scorer, first_rows
+from meft.training.kinds.causal import CausalModelling
 from meft_lab.tasks import QUESTION_TASKS, load_multiple_choice
 from meft_lab.tasks.answers import FITS, IGNORED, encode_answers, fitting, mark_fitting
 from meft_lab.tasks.harness import require_harness, score_choices
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
     from meft.training.arguments import DataArguments
 
 
-class MultipleChoice(TaskKind):
+class MultipleChoice(CausalModelling):
     """A question and the right one of several answers, by a language model."""
 
-    what = "causal language modelling"
-    task_type = "CAUSAL_LM"
-    auto_model = AutoModelForCausalLM
     tasks = tuple(QUESTION_TASKS)
 
     def load_rows(
@@ -44,17 +42,6 @@ class MultipleChoice(TaskKind):
     ) -> TaskData:
         require_harness()
         return load_multiple_choice(arguments.task or "", arguments.data_dir, splits, cache_dir=cache_dir)
-
-    def configure(self, config: PretrainedConfig, spec: TaskSpec, processor: Any) -> None:
-        """A language model takes questions as it is."""
-
-    def check_model(self, model: PreTrainedModel, processor: Any, name: str) -> None:
-        super().check_model(model, processor, name)
-        loading.check_causal(model, name)
-
-    def heads(self, model: PreTrainedModel, new_modules: Sequence[str]) -> tuple[str, ...]:
-        """A pretrained language model has its head; only what started at random is trained in full."""
-        return tuple(new_modules)
 
     def encode(
         self, data: TaskData, processor: Any, model: PreTrainedModel, arguments: DataArguments, say: Say
@@ -72,7 +59,8 @@ class MultipleChoice(TaskKind):
             if split not in unlabelled:
                 workers = arguments.preprocessing_num_workers
                 kept, _ = encode_answers(kept, processor, limit, workers=workers, title=split)
-                check_known(kept, processor, split, say)
+                if len(kept):  # none has an error of its own
+                    check_known(kept, processor, split, say)
             encoded[split], skipped[split] = kept, len(rows) - len(kept)
             _say_skipped(split, len(kept), skipped[split], limit, say)
         return Encoded(encoded, {}, skipped, questions, unlabelled)

@@ -233,7 +233,10 @@ class Sweep:
         if found is None:
             return None
         arguments = parse(TRAIN_TYPES, run.words(), command="sweep")
-        changed = differences(found["arguments"], flat(*arguments))
+        asked = flat(*arguments)
+        # What is left out is chosen by the training, and recorded.
+        chosen = {name: found["arguments"][name] for name in arguments[-1].left_out if name in asked}
+        changed = differences(found["arguments"], asked | chosen)
         if changed:
             raise OutputFolderError(
                 f"{run.folder} holds a finished run of other arguments ({'; '.join(changed)}). Nothing was "

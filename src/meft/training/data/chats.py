@@ -32,6 +32,8 @@ FORMS = {
     PLAIN: (("text",),),
 }
 """The columns that each form needs."""
+CLASSES = "classes"
+"""The form of rows with labels, which are `data.files`'."""
 FORMS_IN_WORDS = "messages (conversations), prompt and completion, chosen and rejected, or text"
 ROW = "row"
 """The column of the rows as JSON, in `TaskData.splits`."""
@@ -70,13 +72,13 @@ def rows_of(source: Source, form: str) -> Dataset:
     Raises:
         DataError: A row is not as it should be; the message gives the line.
     """
-    missing = next((names for names in FORMS[form] if not set(names) <= set(source.columns)), None)
-    if all(not set(names) <= set(source.columns) for names in FORMS[form]):
-        assert missing is not None
+    columns = source.columns
+    if not any(set(names) <= set(columns) for names in FORMS[form]):
+        usual = FORMS[form][0]
         raise DataError(
-            f"{source.name} has no column {' and '.join(repr(n) for n in missing if n not in source.columns)}, which "
-            f"{form} need; its columns are {', '.join(source.columns)}. Rename them with --columns "
-            f"{missing[0]}=NAME, or give rows of another form with --form."
+            f"{source.name} has no column {' and '.join(repr(name) for name in usual if name not in columns)}, which "
+            f"{form} need; its columns are {', '.join(columns)}. Rename them with --columns {usual[0]}=NAME, or give "
+            "rows of another form with --form."
         )
     read = _READERS[form]
     return Dataset.from_dict(

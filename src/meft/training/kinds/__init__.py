@@ -14,15 +14,13 @@ from meft.errors import ConfigError, DataError, MissingPackageError
 from meft.loading import models as loading
 from meft.loading.arguments import ModelArguments
 
-from ..data.chats import COMPLETIONS, CONVERSATIONS, FORMS_IN_WORDS, PLAIN, PREFERENCES, form_of
+from ..data.chats import CLASSES, COMPLETIONS, CONVERSATIONS, FORMS_IN_WORDS, PLAIN, PREFERENCES, form_of
 from ..data.sources import read_split, renamed
 from .base import Encoded, TaskKind
 from .classification import TextClassification
 from .language import LanguageModel, Preferences
 
 __all__ = ["Encoded", "TaskKind", "check_options", "kind_of", "kinds", "own_kind", "tasks"]
-
-_CLASSES = "classes"
 
 
 @cache
@@ -90,7 +88,7 @@ def own_kind(arguments: Any, model: ModelArguments) -> TaskKind:
     if arguments.task or not place:
         return kind_of(arguments.task)
     if arguments.form is not None:
-        return kinds()[0] if arguments.form == _CLASSES else _languages()[arguments.form]
+        return kinds()[0] if arguments.form == CLASSES else _languages()[arguments.form]
     usual = type(arguments)()
     completion = (arguments.text_column, arguments.label_column) == (["prompt"], "completion")
     named = [

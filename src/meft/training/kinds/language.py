@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from meft.errors import ConfigError, DataError, MissingPackageError
 from meft.loading import models as loading
@@ -17,7 +18,8 @@ from ..data.base import TaskData, TaskSpec
 from ..data.chats import COMPLETIONS, CONVERSATIONS, PLAIN, PREFERENCES, ROW, rows_of
 from ..data.sources import Source, find_source, read_split, renamed
 from ..data.tokens import check_template, encode_rows
-from .base import Collator, Encoded, Say, TaskKind, first_rows
+from .base import Collator, Encoded, Say, first_rows
+from .causal import CausalModelling
 
 if TYPE_CHECKING:
     from ..arguments import DataArguments
@@ -39,12 +41,9 @@ WORDS = {
 }
 
 
-class LanguageModel(TaskKind):
+class LanguageModel(CausalModelling):
     """Rows of one form, learnt token by token by TRL's SFTTrainer."""
 
-    what = "causal language modelling"
-    task_type = "CAUSAL_LM"
-    auto_model = AutoModelForCausalLM
     tasks: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = (
         "columns",
@@ -73,17 +72,32 @@ class LanguageModel(TaskKind):
         require_trl()
         found: dict[str, Dataset] = {}
         notes: list[str] = []
+        beside = find_validation(arguments, cache_dir)
+
+        @cache
+        def whole(place: str) -> Dataset:
+            # Read once, for what is trained on and what is held out.
+            return self._rows(read_split(place, "train", cache_dir), arguments)
+
         for split in splits:
-            rows = self._split(arguments, split, cache_dir, notes)
+            rows = self._split(arguments, split, cache_dir, notes, beside, whole)
             if rows is not None:
                 found[split] = rows
         if "train" in found:
             notes.insert(0, f"{len(found['train'])} rows to train on: {WORDS[self.form]}.")
         return TaskData(TaskSpec(self.form, (), self.metrics), found, tuple(notes))
 
-    def _split(self, arguments: DataArguments, split: str, cache_dir: str | None, notes: list[str]) -> Dataset | None:
+    def _split(
+        self,
+        arguments: DataArguments,
+        split: str,
+        cache_dir: str | None,
+        notes: list[str],
+        beside: Source | None,
+        whole: Callable[[str], Dataset],
+    ) -> Dataset | None:
         """The rows of a split; None where there are none to validate on."""
-        own, beside = getattr(arguments, f"{split}_file"), find_validation(arguments, cache_dir)
+        own = getattr(arguments, f"{split}_file")
         if own and (split != "train" or arguments.validation_file or beside):
             return self._rows(read_split(own, split, cache_dir), arguments)
         if split == "validation" and beside is not None:
@@ -91,7 +105,7 @@ class LanguageModel(TaskKind):
             return self._rows(beside, arguments)
         if not arguments.train_file or split == "test":
             raise ConfigError(f"There are no {split} rows. Give them with --{split}_file.")
-        rows = self._rows(read_split(arguments.train_file, "train", cache_dir), arguments)
+        rows = whole(arguments.train_file)
         kept, held = held_out(len(rows), arguments.validation_share)
         if split == "train":
             return rows.select(kept)
@@ -106,17 +120,6 @@ class LanguageModel(TaskKind):
 
     def _rows(self, source: Source, arguments: DataArguments) -> Dataset:
         return rows_of(renamed(source, arguments.columns), self.form)
-
-    def configure(self, config: PretrainedConfig, spec: TaskSpec, processor: Any) -> None:
-        """A language model takes text as it is."""
-
-    def check_model(self, model: PreTrainedModel, processor: Any, name: str) -> None:
-        super().check_model(model, processor, name)
-        loading.check_causal(model, name)
-
-    def heads(self, model: PreTrainedModel, new_modules: Sequence[str]) -> tuple[str, ...]:
-        """A pretrained language model has its head; only what started at random is trained in full."""
-        return tuple(new_modules)
 
     def encode(
         self, data: TaskData, processor: Any, model: PreTrainedModel, arguments: DataArguments, say: Say
@@ -170,7 +173,6 @@ class LanguageModel(TaskKind):
 class Preferences(LanguageModel):
     """Pairs of answers, one of them better, learnt by TRL's DPOTrainer."""
 
-    what = "causal language modelling"
     options: ClassVar[tuple[str, ...]] = ("columns", "chat_template", "dpo_beta", "validation_share")
     trainer = "dpo"
     metrics: ClassVar[tuple[str, ...]] = ("preferred", "margin")
@@ -181,11 +183,6 @@ class Preferences(LanguageModel):
     def _said(self, answers_only: bool, packing: bool, rows: Dataset, length: int) -> str:
         tokens = sum(len(p) + len(a) + len(b) for p, a, b in zip(*(rows[n] for n in rows.column_names), strict=True))
         return f"Preferences are learnt by DPO, over {tokens:,} tokens."
-
-
-def language_kind(form: str) -> LanguageModel:
-    """The kind that learns rows of a form."""
-    return Preferences() if form == PREFERENCES else LanguageModel(form)
 
 
 def require_trl() -> None:
