@@ -209,16 +209,51 @@ def _grown(layer: Any) -> None:
     layer.self_attn.extra = nn.Linear(4, 4)
 
 
-@pytest.mark.parametrize("change", [_listened, _tile_listened, _overridden, _patched, _mixing, _grown])
-def test_a_layer_that_is_not_what_its_row_says_runs_whole(change: Any, chains: list[Chain]) -> None:
+CHANGES = [
+    (_listened, "a hook on its LlamaAttention would see tiles"),
+    (_tile_listened, "a hook on its Linear would see tiles"),
+    (_overridden, "the stages of a Scaled are not known"),
+    (_patched, "the stages of a LlamaAttention are not known"),
+    (_mixing, "a Mean may mix tokens"),
+    (_grown, "it has extra, which its stages would leave out"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), CHANGES)
+def test_a_layer_that_is_not_what_its_row_says_runs_whole(change: Any, why: str, chains: list[Chain]) -> None:
     def changed(tile_size: int | None) -> list[Tensor]:
         model = build()
         change(model.base_model.model.model.layers[1])
-        return gradients(meft.make_reversible(model, gamma=1 / 4, tile_size=tile_size))
+        model = meft.make_reversible(model, gamma=1 / 4, tile_size=tile_size)
+        if tile_size is not None:
+            found = meft.report(model)
+            assert found.whole == {"base_model.model.model.layers.1": why}
+            assert f"not in stages: base_model.model.model.layers.1 ({why})" in str(found)
+        return gradients(model)
 
     staged = changed(99)
     assert len(chains) == LAYERS - 1
     assert_equal(staged, changed(None))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, None),
+        ({"tile_size": None}, "tile_size is None"),
+        ({"granularity": "block"}, "its two blocks are coupled in turn"),
+    ],
+)
+def test_the_report_says_why_no_layer_runs_in_stages(options: dict[str, Any], why: str | None) -> None:
+    found = meft.report(meft.make_reversible(build(), **options))
+    assert found.whole == ({} if why is None else {"base_model.model.model.layers": why})
+    assert ("not in stages" in str(found)) == (why is not None)
+
+
+def test_the_report_says_that_a_compiled_layer_runs_whole() -> None:
+    model = meft.make_reversible(build())
+    model.base_model.model.model.layers[2].compile(backend="eager")
+    assert meft.report(model).whole == {"base_model.model.model.layers.2": "it is compiled"}
 
 
 def test_recorded_attention_weights_keep_layers_whole(chains: list[Chain]) -> None:

@@ -26,6 +26,7 @@ from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
+from .architectures.attentions import Attention
 from .calls import (
     Block,
     CallArguments,
@@ -291,8 +292,7 @@ class ReversibleLayer(StandIn):
                 tiles["G"] = tile
         else:
             main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
-            compiled = compiler is not None or any(map(is_compiled, modules))
-            chain = None if compiled else self._chain(placement, call, hidden, modules)
+            chain = self._chain(placement, call, hidden, modules) if compiler is None else None
             functions = {main: call.function(main, self._whole(placement, runner)) if chain is None else chain}
             alone = placement.adapter("function")
             if alone is not None:
@@ -308,9 +308,9 @@ class ReversibleLayer(StandIn):
         """The layer in stages, where it is long enough for them to be of use and can be run so."""
         plan, layer = placement.reversible_stack.plan, self.pretrained
         tile = plan.stage_tile(hidden.shape[:-1].numel())
-        if tile is None or not torch.is_grad_enabled() or recording() or not tokenwise(layer):
+        if tile is None or not torch.is_grad_enabled() or recording():
             return None
-        found = staged(layer, [module for module in modules if module is not self])
+        found = self._stages(modules)
         if isinstance(found, str):
             return None
         adapter = placement.adapter("feed_forward")
@@ -324,6 +324,29 @@ class ReversibleLayer(StandIn):
             nullcontext if ends is None else partial(beside, *ends, adapter, placement.name),
             placement.adapter("layer"),
         )
+
+    def why_whole(self) -> str | None:
+        """Why this layer runs as one stage however many tokens there are; None where it runs in stages."""
+        placement = self.placement()
+        plan = None if placement is None else placement.reversible_stack.plan
+        if plan is None or plan.coupling is None:
+            return "it is not coupled"
+        if plan.coupling.splits:
+            return "its two blocks are coupled in turn"
+        if plan.tile_size is None:
+            return "tile_size is None"
+        if self.compiler is not None:
+            return "it is compiled"
+        found = self._stages((self.pretrained, *modules_of(self)))
+        return found if isinstance(found, str) else None
+
+    def _stages(self, modules: Sequence[nn.Module]) -> tuple[Architecture, Attention] | str:
+        """What is known of the stages of the layer, or why it runs whole."""
+        if any(map(is_compiled, modules)):
+            return "it is compiled"
+        if not tokenwise(self.pretrained):
+            return "its feed-forward may mix tokens"
+        return staged(self.pretrained, [module for module in modules if module is not self])
 
     def _whole(self, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module
