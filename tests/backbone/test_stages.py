@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig
 
 import meft
 from meft.backbone import layers
@@ -153,6 +153,57 @@ def test_adapters_of_every_coupling(coupling: str, chains: list[Chain]) -> None:
         assert_equal(rebuilt, kept)
     assert len(chains) == 4 * LAYERS
     assert_equal(adapted(tile_size=99), adapted(tile_size=None))
+
+
+OTHERS = {
+    "gpt2": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    **dict.fromkeys(("bert", "roberta", "camembert", "xlm-roberta", "data2vec-text", "ernie", "roc_bert")),
+    "electra": {},
+    "mpnet": {},
+}
+
+
+def other(kind: str, dropout: float, attention: str, **options: Any) -> list[Tensor]:
+    """The same of models without rotary embeddings."""
+    torch.manual_seed(0)
+    shape = SHAPE if kind == "gpt2" else {**SHAPE, "hidden_dropout_prob": dropout, "type_vocab_size": 2}
+    drops = {"attn_pdrop": dropout, "resid_pdrop": dropout} if kind == "gpt2" else {}
+    drops |= {} if kind == "gpt2" else {"attention_probs_dropout_prob": dropout}
+    shape = {key: value for key, value in shape.items() if kind != "gpt2" or key.endswith(("_id", "vocab_size"))}
+    config = CONFIG_MAPPING[kind](**shape | (OTHERS[kind] or {}) | drops)
+    chosen = {} if kind == "mpnet" else {"attn_implementation": attention}
+    maker = AutoModelForCausalLM if kind == "gpt2" else AutoModelForMaskedLM
+    model = get_peft_model(
+        maker.from_config(config, **chosen),
+        LoraConfig(
+            r=4,
+            init_lora_weights=False,
+            target_modules="all-linear",
+            fan_in_fan_out=kind == "gpt2",
+        ),
+    )
+    for name, parameter in model.named_parameters():
+        # What enters the stack begins both streams, whose gradients autograd adds up in an order of its own.
+        parameter.requires_grad_(parameter.requires_grad and (".layer." in name or ".h." in name))
+    return gradients(meft.make_reversible(model.train(), gamma=1 / 4, **options))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_rows_without_rotary_embeddings(kind: str, dropout: float, chains: list[Chain]) -> None:
+    for attention in ("sdpa", "eager"):
+        chains.clear()
+        assert_equal(
+            other(kind, dropout, attention, tile_size=99, backward="cached"),
+            other(kind, dropout, attention, tile_size=99),
+        )
+        assert len(chains) == 2 * LAYERS
+        rebuilt = other(kind, dropout, attention, tile_size=5)
+        kept = other(kind, dropout, attention, tile_size=5, backward="cached")
+        assert torch.equal(rebuilt[0], kept[0])
+        torch.testing.assert_close(rebuilt, kept, rtol=1e-4, atol=1e-6)
+        if not dropout:
+            assert_equal(other(kind, dropout, attention, tile_size=99), other(kind, dropout, attention, tile_size=None))
 
 
 def test_full_fine_tuning_of_all_weights(chains: list[Chain]) -> None:

@@ -60,17 +60,21 @@ FAST: list[tuple[str, str, dict[str, Any]]] = [
     ("vit", "lora", {"dtype": HALF}),
     ("vit", "momentum", {"layers": 8}),
 ]
-# An eighth of the tokens a tile, as in long steps.
+# An eighth of the tokens a tile, as in long steps; without the fused loss, whose gradient is not seen in float32.
+PLAIN: dict[str, Any] = {"tile_size": 24, "fused_loss": False}
 STAGES: list[tuple[str, str, dict[str, Any]]] = [
-    ("llama", "lora+momentum", {"tile_size": 24, "layers": 8}),
+    ("llama", "lora+momentum", {**PLAIN, "layers": 8}),
     ("llama", "lora+momentum", {"tile_size": 24, "dtype": HALF}),
-    ("llama", "lora+momentum", {"tile_size": 24, "padded": True, "gamma": 0.25}),
-    ("llama", "lora+momentum", {"tile_size": 24, "attn_implementation": "eager"}),
-    ("llama", "lora+momentum", {"batch_size": 1, "seq_len": 1024}),
-    ("llama", "full+momentum", {"tile_size": 24, **MIXED}),
-    ("llama", "meft1", {"tile_size": 24}),
-    ("llama", "meft2", {"tile_size": 50, "batch_size": 3}),
-    ("llama", "momentum", {"tile_size": 24, "frozen_layers": 1, "cached_layers": 1}),
+    ("llama", "lora+momentum", {**PLAIN, "padded": True, "gamma": 0.25}),
+    ("llama", "lora+momentum", {**PLAIN, "attn_implementation": "eager"}),
+    ("llama", "lora+momentum", {"batch_size": 1, "seq_len": 1024, "dtype": HALF}),
+    ("llama", "full+momentum", {**PLAIN, **MIXED}),
+    ("llama", "meft1", PLAIN),
+    ("llama", "meft2", {**PLAIN, "tile_size": 50, "batch_size": 3}),
+    ("llama", "momentum", {**PLAIN, "frozen_layers": 1, "cached_layers": 1}),
+    ("gpt2", "lora+momentum", {**PLAIN, "dropout": 0.1}),
+    ("bert", "lora+momentum", {"tile_size": 24}),
+    ("bert", "meft1", {"tile_size": 24, "padded": True}),
 ]
 SLOW: list[tuple[str, str, dict[str, Any]]] = [
     (family, method, {"dtype": dtype, "layers": 7, "batch_size": 4})
@@ -109,6 +113,7 @@ def check(family: str, method: str, options: dict[str, Any]) -> None:
     assert predicted.activation_peak_bytes == pytest.approx(measured.activation_peak_bytes, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("case", STAGES, ids=name)
 def test_stages_within_one_percent(case: tuple[str, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []

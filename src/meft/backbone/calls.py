@@ -94,6 +94,10 @@ class CallArguments:
 
         return function
 
+    def return_tuple(self) -> None:
+        """Lets the layer return the hidden state as a tuple of one, where no block says what it returns."""
+        self._left.append((*tree_flatten(((), {}, {})), []))
+
     def output(self, visible: Tensor, further: Sequence[Tensor]) -> Any:
         """What the layer returns: its own structure around `visible`; hands on what blocks wrote and recorded."""
         result: Any = visible

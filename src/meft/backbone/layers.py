@@ -26,7 +26,7 @@ from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
-from .architectures.attentions import Attention
+from .architectures.stages import Stages
 from .calls import (
     Block,
     CallArguments,
@@ -340,7 +340,7 @@ class ReversibleLayer(StandIn):
         found = self._stages((self.pretrained, *modules_of(self)))
         return found if isinstance(found, str) else None
 
-    def _stages(self, modules: Sequence[nn.Module]) -> tuple[Architecture, Attention] | str:
+    def _stages(self, modules: Sequence[nn.Module]) -> tuple[Architecture, Stages] | str:
         """What is known of the stages of the layer, or why it runs whole."""
         if any(map(is_compiled, modules)):
             return "it is compiled"

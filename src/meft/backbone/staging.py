@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from meft.engine.stages import Boundary, Chain, Stage
 
 from .architectures import Architecture, architecture_of, owner_of_forward
-from .architectures.attentions import ATTENTIONS, Attention, rotary_of, rotary_tile
+from .architectures.attentions import ATTENTIONS
 from .architectures.base import arguments, named
+from .architectures.stages import Stages
 from .calls import CallArguments
 from .recording import records
 
@@ -21,7 +22,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "meft")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def staged(layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Architecture, Attention] | str:
+def staged(layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Architecture, Stages] | str:
     """What is known of a layer that can run in stages, or why it runs as one.
 
     Stages call the layer's projections, norms and feed-forward, and neither the layer's own `forward` nor that of its
@@ -33,19 +34,30 @@ def staged(layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Architecture
         modules: it and all modules below it, and adapters.
     """
     known = architecture_of(layer)
-    if known is None or known.halves is None:
+    if known is None or (known.stages is None and known.halves is None):
         return f"the stages of a {type(layer).__name__} are not known"
     reason = known.refuses(layer)
     if reason is not None:
         return reason
-    if len(known.halves[0].modules) != 1:
-        return "something follows its attention"
-    attention = getattr(layer, known.halves[0].modules[0])
-    owner = owner_of_forward(attention)
-    row = None if owner is None or "_hf_hook" in vars(attention) else ATTENTIONS.get(owner)
-    if row is None:
-        return f"the stages of a {type(attention).__name__} are not known"
-    strangers = {*layer._modules} - known.children | {*attention._modules} - row.children
+    strangers = {*layer._modules} - known.children
+    stages = known.stages
+    if stages is None:
+        attention = getattr(layer, known.halves[0].modules[0])
+        if len(known.halves[0].modules) != 1:
+            return "something follows its attention"
+        row = ATTENTIONS.get(_owner(attention))
+        if row is None:
+            return f"the stages of a {type(attention).__name__} are not known"
+        strangers |= {*attention._modules} - row.children
+        stages = row.stages(known)
+    for path, replaced in stages.replaced.items():
+        module = layer.get_submodule(path)
+        if _owner(module) not in replaced.owners:
+            return f"the stages of a {type(module).__name__} are not known"
+        strangers |= {*module._modules} - replaced.children
+    reason = stages.refuses(layer)
+    if reason is not None:
+        return reason
     if strangers:
         return f"it has {' and '.join(sorted(strangers))}, which its stages would leave out"
     for module in modules:
@@ -56,7 +68,12 @@ def staged(layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Architecture
             return f"the forward of its {kind.__name__} was replaced"
         if any(map(_listens, _hooks(module))):
             return f"a hook on its {kind.__name__} would see tiles"
-    return known, row
+    return known, stages
+
+
+def _owner(module: nn.Module) -> str:
+    """The class of Transformers whose `forward` a module runs; "" if it runs other code, or Accelerate's around it."""
+    return "" if "_hf_hook" in vars(module) else owner_of_forward(module) or ""
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -71,7 +88,7 @@ def _listens(hook: Any) -> bool:
 def chain_of(
     layer: Any,
     known: Architecture,
-    row: Attention,
+    stages: Stages,
     call: CallArguments,
     shape: torch.Size,
     tile: int,
@@ -83,16 +100,13 @@ def chain_of(
     Args:
         layer: the pretrained layer.
         known: its row.
-        row: that of its attention.
+        stages: how it runs in stages.
         call: the arguments.
         shape: of the hidden state.
         tile: how many tokens a token-wise stage gets at once.
         around: what the feed-forward is run within, for the adapter beside it.
         last: the adapter behind the layer.
     """
-    assert known.halves is not None
-    half = known.halves[0]
-    attention = getattr(layer, half.modules[0])
 
     def given(outside: Sequence[Tensor]) -> dict[str, Any]:
         args, kwargs = call.arguments(None, outside)
@@ -100,26 +114,22 @@ def chain_of(
         found = found if known.extras else named(layer, found)
         return {name: value for name, value in found.items() if name not in known.withheld}
 
-    if not call.plain:
+    if not call.plain or not stages.accepts(layer, given(call.outside), shape):
         return None
-    first = given(call.outside)
-    if not rotary_of(first, shape) or first.get("output_attentions"):
-        return None
+    if stages.returns_tuple:
+        call.return_tuple()
 
     def before(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
         assert hidden is not None
-        tables = rotary_tile(given(outside)["position_embeddings"], shape, part)
-        return row.before(attention, half.enter(layer, hidden), tables)
+        return stages.before(layer, hidden, given(outside), shape, part)
 
     def attend(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
-        q, k, v = boundary
-        return (row.attend(attention, q, k, v, given(outside)),)
+        return (stages.attend(layer, boundary, given(outside)),)
 
     def after(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
         assert hidden is not None
-        hidden = half.leave(layer, hidden, attention.o_proj(boundary[0]))
         with around():
-            output = known.feed_forward_block(layer, hidden)
+            output = known.feed_forward_block(layer, stages.after(layer, hidden, boundary[0]))
         return (output if last is None else output + last(output),)
 
     return Chain((Stage(before), Stage(attend, tokenwise=False, reads=False), Stage(after)), tile)

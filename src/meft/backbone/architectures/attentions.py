@@ -10,14 +10,14 @@ that run the `forward` of the row's class. What a layer's other half is, its own
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+
+from .base import Architecture
+from .stages import Given, Stages, attended, called_by_name, ordinary
 
 Norms = Literal["", "heads", "transposed", "flat"]
 
@@ -37,16 +37,33 @@ class Attention:
     sliding: Literal["", "module", "config"] = ""
     softcap: bool = False
 
+    def stages(self, known: Architecture) -> Stages:
+        """The stages of a layer with such an attention module, whose other half its own row knows."""
+        assert known.halves is not None
+        half = known.halves[0]
+        (name,) = half.modules
+
+        def before(layer: Any, hidden: Tensor, given: Given, shape: torch.Size, part: slice) -> tuple[Tensor, ...]:
+            tables = rotary_tile(given["position_embeddings"], shape, part)
+            return self._before(getattr(layer, name), half.enter(layer, hidden), tables)
+
+        def attend(layer: Any, boundary: tuple[Tensor, ...], given: Given) -> Tensor:
+            return self._attend(getattr(layer, name), boundary, given)
+
+        def after(layer: Any, hidden: Tensor, o: Tensor) -> Tensor:
+            return half.leave(layer, hidden, getattr(layer, name).o_proj(o))
+
+        return Stages(before, attend, after, _with_rotary)
+
     @property
     def children(self) -> frozenset[str]:
         return _PROJECTIONS | ({"q_norm", "k_norm"} if self.norms else set())
 
-    def before(self, module: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., tokens, width) -> q, k and v, each (..., tokens, heads * width of a head)."""
+    def _before(self, module: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         shape = (*hidden.shape[:-1], -1, module.head_dim)
         q, k = self._heads(module, hidden, "q", shape), self._heads(module, hidden, "k", shape)
         v = module.v_proj(hidden)
-        q, k = _named(module, "apply_rotary_pos_emb")(q, k, *rotary)
+        q, k = called_by_name(module, "apply_rotary_pos_emb")(q, k, *rotary)
         return _together(q), _together(k), v
 
     def _heads(self, module: Any, hidden: Tensor, which: str, shape: tuple[int, ...]) -> Tensor:
@@ -60,33 +77,31 @@ class Attention:
         found = found.transpose(1, 2)
         return norm(found) if norm is not None and self.norms == "transposed" else found
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """q, k and v of all tokens -> (..., tokens, heads * width of a head)."""
+    def _attend(self, module: Any, boundary: tuple[Tensor, ...], given: Given) -> Tensor:
         further = {name: value for name, value in given.items() if name not in _NAMED}
         if self.sliding:
             holder = module if self.sliding == "module" else module.config
             further["sliding_window"] = getattr(holder, "sliding_window", None)
         if self.softcap:
             further["softcap"] = module.attn_logit_softcapping
-        q, k, v = (part.view(*part.shape[:-1], -1, module.head_dim).transpose(1, 2) for part in (q, k, v))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            module.config._attn_implementation, _named(module, "eager_attention_forward")
+        return attended(
+            module,
+            boundary,
+            given.get("attention_mask"),
+            width=module.head_dim,
+            dropout=module.attention_dropout,
+            **further,
         )
-        dropout = module.attention_dropout if module.training else 0.0
-        output, _ = attention(
-            module, q, k, v, given.get("attention_mask"), dropout=dropout, scaling=module.scaling, **further
-        )
-        return output.reshape(*output.shape[:2], -1).contiguous()
 
 
 _PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _NAMED = ("position_embeddings", "attention_mask", "past_key_values")
 
 
-def rotary_of(given: Mapping[str, Any], shape: torch.Size) -> bool:
-    """Tells whether a call has rotary embeddings of its tokens, and no cache."""
+def _with_rotary(layer: Any, given: Given, shape: torch.Size) -> bool:
+    """Accepts ordinary calls with rotary embeddings of the tokens."""
     found = given.get("position_embeddings")
-    if given.get("past_key_values") is not None or not isinstance(found, tuple) or len(found) != 2 or len(shape) != 3:
+    if not ordinary(layer, given, shape) or not isinstance(found, tuple) or len(found) != 2:
         return False
     return all(
         isinstance(part, Tensor) and part.dim() == 3 and part.shape[0] in (1, shape[0]) and part.shape[1] == shape[1]
@@ -112,16 +127,6 @@ def _rows(table: Tensor, shape: torch.Size, part: slice) -> Tensor:
 def _together(heads: Tensor) -> Tensor:
     """(samples, heads, tokens, width) -> (samples, tokens, heads * width)."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def _named(module: nn.Module, name: str) -> Callable[..., Any]:
-    """What a module's own code calls by a name."""
-    found: Callable[..., Any] = getattr(sys.modules[_code_of(module)], name)
-    return found
-
-
-def _code_of(module: nn.Module) -> str:
-    return next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind))
 
 
 ATTENTIONS: dict[str, Attention] = {
