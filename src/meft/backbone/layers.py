@@ -283,8 +283,10 @@ class ReversibleLayer(StandIn):
         tiles: dict[str, int] = {}
         if coupling.splits:
             split = split_of(self.pretrained, placement.name)
+            chain = self._chain(placement, call, hidden, modules) if compiler is None else None
+            attention = call.function("F", self._attention(split, placement, runner)) if chain is None else chain
             functions: dict[str, Function | Chain] = {
-                "F": call.function("F", self._attention(split, placement, runner)),
+                "F": attention,
                 "G": call.function("G", self._feed_forward(split, placement, runner), main=False),
             }
             tile = placement.reversible_stack.plan.tile(hidden.shape[:-1].numel())
@@ -305,7 +307,7 @@ class ReversibleLayer(StandIn):
     def _chain(
         self, placement: Placement, call: CallArguments, hidden: Tensor, modules: tuple[nn.Module, ...]
     ) -> Chain | None:
-        """The layer in stages, where it is long enough for them to be of use and can be run so."""
+        """The layer, or its attention block if it splits, in stages: where it is long enough and can be run so."""
         plan, layer = placement.reversible_stack.plan, self.pretrained
         tile = plan.stage_tile(hidden.shape[:-1].numel())
         if tile is None or not torch.is_grad_enabled() or recording():
@@ -313,17 +315,22 @@ class ReversibleLayer(StandIn):
         found = self._stages(modules)
         if isinstance(found, str):
             return None
-        adapter = placement.adapter("feed_forward")
+        known, stages = found
+        assert plan.coupling is not None
+        adapter, last = placement.adapter("feed_forward"), placement.adapter("layer")
         ends = None if adapter is None else feed_forward_of(layer, placement.name, plan.feedforward_module)
-        return chain_of(
-            layer,
-            *found,
-            call,
-            hidden.shape,
-            tile,
-            nullcontext if ends is None else partial(beside, *ends, adapter, placement.name),
-            placement.adapter("layer"),
-        )
+
+        def after(hidden: Tensor, o: Tensor) -> Tensor:
+            with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
+                output = known.feed_forward_block(layer, stages.after(layer, hidden, o))
+            return output if last is None else output + last(output)
+
+        def after_attention(hidden: Tensor, o: Tensor) -> Tensor:
+            with behind(layer.get_submodule(known.attention_exit), placement.adapter("attention")):
+                return stages.after(layer, hidden, o)
+
+        behind_it = after_attention if plan.coupling.splits else after
+        return chain_of(layer, known, stages, call, hidden.shape, tile, behind_it)
 
     def why_whole(self) -> str | None:
         """Why this layer runs as one stage however many tokens there are; None where it runs in stages."""
@@ -331,8 +338,6 @@ class ReversibleLayer(StandIn):
         plan = None if placement is None else placement.reversible_stack.plan
         if plan is None or plan.coupling is None:
             return "it is not coupled"
-        if plan.coupling.splits:
-            return "its two blocks are coupled in turn"
         if plan.tile_size is None:
             return "tile_size is None"
         if self.compiler is not None:

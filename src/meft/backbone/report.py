@@ -118,7 +118,8 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, ReversibleStack]]:
 def _whole(name: str, stack: ReversibleStack) -> Iterator[tuple[str, str]]:
     """The layers of a stack that do not run in stages, and why; one entry if it is the same for all of them."""
     rebuilt = {i: layer for i, layer in enumerate(stack.layers) if i not in stack.plain and not stack.frozen(i)}
-    found = {i: why for i, layer in rebuilt.items() if (why := layer.why_whole()) is not None}
+    reasons = {i: layer.why_whole() for i, layer in rebuilt.items() if isinstance(layer, ReversibleLayer)}
+    found = {i: why for i, why in reasons.items() if why is not None}
     if len(found) == len(rebuilt) and len(set(found.values())) == 1:
         yield name, next(iter(found.values()))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ def staged(layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Architecture
     strangers = {*layer._modules} - known.children
     stages = known.stages
     if stages is None:
+        assert known.halves is not None
         attention = getattr(layer, known.halves[0].modules[0])
         if len(known.halves[0].modules) != 1:
             return "something follows its attention"
@@ -92,8 +92,7 @@ def chain_of(
     call: CallArguments,
     shape: torch.Size,
     tile: int,
-    around: Callable[[], AbstractContextManager[None]],
-    last: Callable[[Tensor], Tensor] | None,
+    after: Callable[[Tensor, Tensor], Tensor],
 ) -> Chain | None:
     """The chain of one call of a layer; None if its arguments are not those of an ordinary training call.
 
@@ -104,8 +103,7 @@ def chain_of(
         call: the arguments.
         shape: of the hidden state.
         tile: how many tokens a token-wise stage gets at once.
-        around: what the feed-forward is run within, for the adapter beside it.
-        last: the adapter behind the layer.
+        after: (tile of the hidden state, tile of what attention made) -> the value: the last stage, adapters included.
     """
 
     def given(outside: Sequence[Tensor]) -> dict[str, Any]:
@@ -126,10 +124,8 @@ def chain_of(
     def attend(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
         return (stages.attend(layer, boundary, given(outside)),)
 
-    def after(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
+    def behind(hidden: Tensor | None, boundary: Boundary, outside: Sequence[Tensor], part: slice) -> Boundary:
         assert hidden is not None
-        with around():
-            output = known.feed_forward_block(layer, stages.after(layer, hidden, boundary[0]))
-        return (output if last is None else output + last(output),)
+        return (after(hidden, boundary[0]),)
 
-    return Chain((Stage(before), Stage(attend, tokenwise=False, reads=False), Stage(after)), tile)
+    return Chain((Stage(before), Stage(attend, tokenwise=False, reads=False), Stage(behind)), tile)
