@@ -123,8 +123,16 @@ def test_one_tile_with_other_backends_and_dropout(
 @pytest.mark.parametrize("packed", [False, True])
 def test_tiles_rebuild_what_cached_tiles_keep(options: dict[str, Any], packed: bool, chains: list[Chain]) -> None:
     rebuilt = run({"tile_size": 5, **options}, packed)
-    assert_equal(rebuilt, run({"tile_size": 5, "backward": "cached", **options}, packed))
-    assert len(chains) == 2 * LAYERS
+    kept = run({"tile_size": 5, "backward": "cached", **options}, packed)
+    if "granularity" in options:
+        # A feed-forward block in tiles adds up the weights' gradients in another order than autograd.
+        assert torch.equal(rebuilt[0], kept[0])
+        torch.testing.assert_close(rebuilt, kept, rtol=1e-4, atol=1e-6)
+        assert_equal(run({"tile_size": 99, **options}, packed), run({"tile_size": None, **options}, packed))
+        assert len(chains) == 3 * LAYERS
+    else:
+        assert_equal(rebuilt, kept)
+        assert len(chains) == 2 * LAYERS
     whole = run({"tile_size": None, **options}, packed)
     torch.testing.assert_close(rebuilt, whole, rtol=1e-3, atol=1e-5)
 
@@ -150,7 +158,12 @@ def test_adapters_of_every_coupling(coupling: str, chains: list[Chain]) -> None:
 
     for size in (5, 99):
         rebuilt, kept = adapted(tile_size=size), adapted(tile_size=size, backward="cached")
-        assert_equal(rebuilt, kept)
+        if coupling == "meft3" and size == 5:
+            # Its feed-forward block is in tiles too, which add up the weights' gradients in an order of their own.
+            assert torch.equal(rebuilt[0], kept[0])
+            torch.testing.assert_close(rebuilt, kept, rtol=1e-4, atol=1e-6)
+        else:
+            assert_equal(rebuilt, kept)
     assert len(chains) == 4 * LAYERS
     assert_equal(adapted(tile_size=99), adapted(tile_size=None))
 

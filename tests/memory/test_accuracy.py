@@ -72,7 +72,7 @@ STAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "meft1", PLAIN),
     ("llama", "meft2", {**PLAIN, "tile_size": 50, "batch_size": 3}),
     ("llama", "momentum", {**PLAIN, "frozen_layers": 1, "cached_layers": 1}),
-    ("gpt2", "lora+momentum", {**PLAIN, "dropout": 0.1}),
+    ("gpt2", "lora+momentum", PLAIN),
     ("bert", "lora+momentum", {"tile_size": 24}),
     ("bert", "meft1", {"tile_size": 24, "padded": True}),
 ]

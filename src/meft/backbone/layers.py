@@ -326,7 +326,8 @@ class ReversibleLayer(StandIn):
             return output if last is None else output + last(output)
 
         def after_attention(hidden: Tensor, o: Tensor) -> Tensor:
-            with behind(layer.get_submodule(known.attention_exit), placement.adapter("attention")):
+            exit_ = layer.get_submodule(stages.exit or known.attention_exit)
+            with behind(exit_, placement.adapter("attention")):
                 return stages.after(layer, hidden, o)
 
         behind_it = after_attention if plan.coupling.splits else after

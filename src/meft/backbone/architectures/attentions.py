@@ -53,7 +53,7 @@ class Attention:
         def after(layer: Any, hidden: Tensor, o: Tensor) -> Tensor:
             return half.leave(layer, hidden, getattr(layer, name).o_proj(o))
 
-        return Stages(before, attend, after, _with_rotary)
+        return Stages(before, attend, after, _with_rotary, exit=f"{name}.o_proj")
 
     @property
     def children(self) -> frozenset[str]:

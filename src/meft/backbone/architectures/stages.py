@@ -44,6 +44,7 @@ class Stages:
         accepts: (layer, arguments, shape) -> whether a call is an ordinary training call, which runs so.
         replaced: modules whose `forward` is not called, by path.
         refuses: (layer) -> why this layer of the class runs whole, or None.
+        exit: the module whose output is what the attention computes, where the row's `attention_exit` is not called.
         returns_tuple: whether the layer returns the hidden state as a tuple of one.
     """
 
@@ -53,6 +54,7 @@ class Stages:
     accepts: Callable[[Any, Given, torch.Size], bool]
     replaced: Mapping[str, Replaced] = field(default_factory=dict)
     refuses: Callable[[Any], str | None] = lambda layer: None
+    exit: str | None = None
     returns_tuple: bool = False
 
 
