@@ -247,8 +247,8 @@ def test_the_report_says_what_is_covered() -> None:
     why = "the stages of a Block are not known"
     assert found.whole == {"layers": why}
     assert str(found) == (
-        f"reversible: layers (2 layers), {share:.0%} of the parameters; not in stages: layers ({why}); "
-        "keeps its activations: extra"
+        f"reversible: layers (2 layers), {share:.0%} of the parameters; keeps its activations: extra; "
+        f"not in stages: layers ({why})"
     )
 
 

@@ -50,8 +50,6 @@ class StackReport:
             parts.append("as they are: " + ", ".join(f"{name}.{i}" for name, ids in self.plain.items() for i in ids))
         if self.left_out:
             parts.append(f"no stacks: {', '.join(self.left_out)}")
-        if self.whole:
-            parts.append("not in stages: " + ", ".join(f"{name} ({why})" for name, why in self.whole.items()))
         sizes: dict[str, int] = {}
         for name, size in self.kept_bytes.items():
             whole = next((kept for kept in self.keeps if f"{name}.".startswith(f"{kept}.")), name) or "the model itself"
@@ -59,6 +57,8 @@ class StackReport:
         largest = sorted(sizes, key=lambda name: -sizes[name])
         names = [f"{name} ({sizes[name] / _MIB:.2f} MiB)" for name in largest] or list(self.keeps)
         parts.append(f"keeps its activations: {', '.join(names) or 'nothing'}")
+        if self.whole:
+            parts.append("not in stages: " + ", ".join(f"{name} ({why})" for name, why in self.whole.items()))
         return "; ".join(parts)
 
 
