@@ -244,7 +244,12 @@ def test_the_report_says_what_is_covered() -> None:
     share = inside / (inside + sum(p.numel() for p in model.extra.parameters()))
     assert found.stacks == {"layers": 2} and found.parameters == pytest.approx(share)
     assert found.keeps == ("extra",)
-    assert str(found) == f"reversible: layers (2 layers), {share:.0%} of the parameters; keeps its activations: extra"
+    why = "the stages of a Block are not known"
+    assert found.whole == {"layers": why}
+    assert str(found) == (
+        f"reversible: layers (2 layers), {share:.0%} of the parameters; keeps its activations: extra; "
+        f"not in stages: layers ({why})"
+    )
 
 
 @pytest.mark.parametrize("width", [8, 64])

@@ -138,3 +138,21 @@ def test_a_value_may_only_be_read_where_any_would_do() -> None:
     assert Attribution(record_fake(lambda: number.item(), [number], numbers=True)).blocks == []
     with pytest.raises(RuntimeError, match="item"):
         record_fake(lambda: number.item(), [number])
+
+
+class Attended(nn.Module):
+    """Attention alone, whose scores are taken in blocks."""
+
+    def __init__(self, width: int, tokens: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, 2, tokens, width, dtype=dtype))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.weight.unbind(), is_causal=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [40, 200, 1000])
+def test_the_blocks_of_attention_are_counted(tokens: int, dtype: torch.dtype) -> None:
+    real, fake = peaks(lambda: Attended(8, tokens, dtype), 1, 8)
+    assert fake == pytest.approx(real, rel=0.01)

@@ -71,7 +71,7 @@ class CallArguments:
         """Makes the engine's function of a block; only the `main` one decides what the layer returns."""
 
         def function(hidden: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            args, kwargs = self._arguments(hidden, outside)
+            args, kwargs = self.arguments(hidden, outside)
             before = {key: dict(kwargs[key]) for key in self._mappings}
             with _private_recording(self._recording) as recorded:
                 output = block(hidden, args, kwargs)
@@ -94,6 +94,10 @@ class CallArguments:
 
         return function
 
+    def return_tuple(self) -> None:
+        """Lets the layer return the hidden state as a tuple of one, where no block says what it returns."""
+        self._left.append((*tree_flatten(((), {}, {})), []))
+
     def output(self, visible: Tensor, further: Sequence[Tensor]) -> Any:
         """What the layer returns: its own structure around `visible`; hands on what blocks wrote and recorded."""
         result: Any = visible
@@ -113,7 +117,13 @@ class CallArguments:
         self._left.clear()
         return result
 
-    def _arguments(self, hidden: Tensor, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @property
+    def plain(self) -> bool:
+        """Whether blocks have nowhere to leave anything, and read the hidden state as their first argument alone."""
+        return not self._mappings and not self._recording and not self._same
+
+    def arguments(self, hidden: Tensor | None, outside: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments after the hidden state, with other tensors in the place of it and of the outside ones."""
         if self._fixed:
             return self._args, dict(self._kwargs)
         leaves = list(self._leaves)

@@ -18,13 +18,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from transformers.utils import logging
 
-from meft.engine.engine import LayerCall, finish, readout, run_layer
+from meft.engine.engine import Function, LayerCall, finish, readout, run_layer
 from meft.engine.replay import RngState
 from meft.engine.sharding import check_sharding
+from meft.engine.stages import Chain
 from meft.errors import ConfigError, UnsupportedModelError
 
 from .adapters import behind, beside
 from .architectures import Architecture, feed_forward_of, split_of
+from .architectures.stages import Stages
 from .calls import (
     Block,
     CallArguments,
@@ -42,6 +44,7 @@ from .foreign import check_transforms
 from .patching import Patched
 from .recording import records
 from .stack import Container, Placement, ReversibleStack
+from .staging import chain_of, staged
 from .standin import StandIn
 
 logger = logging.get_logger(__name__)
@@ -280,8 +283,10 @@ class ReversibleLayer(StandIn):
         tiles: dict[str, int] = {}
         if coupling.splits:
             split = split_of(self.pretrained, placement.name)
-            functions = {
-                "F": call.function("F", self._attention(split, placement, runner)),
+            chain = self._chain(placement, call, hidden, modules) if compiler is None else None
+            attention = call.function("F", self._attention(split, placement, runner)) if chain is None else chain
+            functions: dict[str, Function | Chain] = {
+                "F": attention,
                 "G": call.function("G", self._feed_forward(split, placement, runner), main=False),
             }
             tile = placement.reversible_stack.plan.tile(hidden.shape[:-1].numel())
@@ -289,7 +294,8 @@ class ReversibleLayer(StandIn):
                 tiles["G"] = tile
         else:
             main, other = ("G", "F") if coupling.name == "meft2" else ("F", "G")
-            functions = {main: call.function(main, self._whole(placement, runner))}
+            chain = self._chain(placement, call, hidden, modules) if compiler is None else None
+            functions = {main: call.function(main, self._whole(placement, runner)) if chain is None else chain}
             alone = placement.adapter("function")
             if alone is not None:
                 functions[other] = lambda hidden, outside: alone(hidden)
@@ -297,6 +303,56 @@ class ReversibleLayer(StandIn):
         parameters = tuple(own.values())
         compiled = compiler is not None or any(map(is_compiled, modules))
         return LayerCall(functions, parameters, call.outside, modules, call.tensors, tiles, vet, compiled)
+
+    def _chain(
+        self, placement: Placement, call: CallArguments, hidden: Tensor, modules: tuple[nn.Module, ...]
+    ) -> Chain | None:
+        """The layer, or its attention block if it splits, in stages: where it is long enough and can be run so."""
+        plan, layer = placement.reversible_stack.plan, self.pretrained
+        tile = plan.stage_tile(hidden.shape[:-1].numel())
+        if tile is None or not torch.is_grad_enabled() or recording():
+            return None
+        found = self._stages(modules)
+        if isinstance(found, str):
+            return None
+        known, stages = found
+        assert plan.coupling is not None
+        adapter, last = placement.adapter("feed_forward"), placement.adapter("layer")
+        ends = None if adapter is None else feed_forward_of(layer, placement.name, plan.feedforward_module)
+
+        def after(hidden: Tensor, o: Tensor) -> Tensor:
+            with nullcontext() if ends is None else beside(*ends, adapter, placement.name):
+                output = known.feed_forward_block(layer, stages.after(layer, hidden, o))
+            return output if last is None else output + last(output)
+
+        def after_attention(hidden: Tensor, o: Tensor) -> Tensor:
+            exit_ = layer.get_submodule(stages.exit or known.attention_exit)
+            with behind(exit_, placement.adapter("attention")):
+                return stages.after(layer, hidden, o)
+
+        behind_it = after_attention if plan.coupling.splits else after
+        return chain_of(layer, known, stages, call, hidden.shape, tile, behind_it)
+
+    def why_whole(self) -> str | None:
+        """Why this layer runs as one stage however many tokens there are; None where it runs in stages."""
+        placement = self.placement()
+        plan = None if placement is None else placement.reversible_stack.plan
+        if plan is None or plan.coupling is None:
+            return "it is not coupled"
+        if plan.tile_size is None:
+            return "tile_size is None"
+        if self.compiler is not None:
+            return "it is compiled"
+        found = self._stages((self.pretrained, *modules_of(self)))
+        return found if isinstance(found, str) else None
+
+    def _stages(self, modules: Sequence[nn.Module]) -> tuple[Architecture, Stages] | str:
+        """What is known of the stages of the layer, or why it runs whole."""
+        if any(map(is_compiled, modules)):
+            return "it is compiled"
+        if not tokenwise(self.pretrained):
+            return "its feed-forward may mix tokens"
+        return staged(self.pretrained, [module for module in modules if module is not self])
 
     def _whole(self, placement: Placement, runner: Runner) -> Block:
         layer, chosen = self.pretrained, placement.reversible_stack.plan.feedforward_module

@@ -12,6 +12,8 @@ from meft.options import WithOptions, option_dataclass, plan_options
 # Below this many tokens tiles save little and cost time. A quarter of the tokens at once takes a feed-forward below the
 # attention in memory, and more tiles would only cost time (research/log.md).
 _TILED_FROM, _TILES = 1024, 4
+# A stage's tile beside attention with its gradients: an eighth of a feed-forward is less than these in most layers.
+_STAGE_TILES = 8
 
 
 def _options_of_part(part: str) -> list[str]:
@@ -91,6 +93,12 @@ class Plan(WithOptions):
         """How many of so many tokens to give a feed-forward block at once; None for all."""
         if self.tile_size == "auto":
             return -(-tokens // _TILES) if tokens >= _TILED_FROM else None
+        return None if self.tile_size is None else int(self.tile_size)
+
+    def stage_tile(self, tokens: int) -> int | None:
+        """How many of so many tokens to give a token-wise stage at once; None for a layer that runs whole."""
+        if self.tile_size == "auto":
+            return -(-tokens // _STAGE_TILES) if tokens >= _TILED_FROM else None
         return None if self.tile_size is None else int(self.tile_size)
 
     def differences(self, other: Plan) -> str:

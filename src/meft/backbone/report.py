@@ -25,6 +25,8 @@ class StackReport:
         parameters: share of the model's parameters that lies in these layers.
         left_out: why the layers of a list run as they are, by its name; known after the first forward pass.
         plain: layers that run as they are because they change the hidden state's shape, by name of the stack.
+        whole: why layers run as one stage however many tokens there are, by name of the layer; those of a stack whose
+            layers all do are one, by the stack's name. The others run in stages (`tile_size`).
         keeps: outermost modules with parameters that lie in no such stack, and so keep their activations.
         kept_bytes: bytes that are saved for the backward pass outside the stacks, by the module that saves them.
         activations: share of all activations, as they are without meft, that the stacks need not keep; None, and
@@ -36,6 +38,7 @@ class StackReport:
     left_out: Mapping[str, str]
     plain: Mapping[str, tuple[int, ...]]
     keeps: tuple[str, ...]
+    whole: Mapping[str, str] = field(default_factory=dict)
     kept_bytes: Mapping[str, int] = field(default_factory=dict)
     activations: float | None = None
 
@@ -54,6 +57,8 @@ class StackReport:
         largest = sorted(sizes, key=lambda name: -sizes[name])
         names = [f"{name} ({sizes[name] / _MIB:.2f} MiB)" for name in largest] or list(self.keeps)
         parts.append(f"keeps its activations: {', '.join(names) or 'nothing'}")
+        if self.whole:
+            parts.append("not in stages: " + ", ".join(f"{name} ({why})" for name, why in self.whole.items()))
         return "; ".join(parts)
 
 
@@ -77,6 +82,7 @@ def found_in(model: nn.Module) -> StackReport:
         left_out={name: stack.left_out for name, stack in reversible_stacks.items() if stack.left_out is not None},
         plain={name: tuple(sorted(stack.plain)) for name, stack in taken.items() if stack.plain},
         keeps=tuple(_outside(model, "", inside)),
+        whole={name: why for stack in taken.items() for name, why in _whole(*stack)},
     )
 
 
@@ -107,6 +113,17 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, ReversibleStack]]:
             found = shared_by(module)
             if found is not None:
                 yield name, found
+
+
+def _whole(name: str, stack: ReversibleStack) -> Iterator[tuple[str, str]]:
+    """The layers of a stack that do not run in stages, and why; one entry if it is the same for all of them."""
+    rebuilt = {i: layer for i, layer in enumerate(stack.layers) if i not in stack.plain and not stack.frozen(i)}
+    reasons = {i: layer.why_whole() for i, layer in rebuilt.items() if isinstance(layer, ReversibleLayer)}
+    found = {i: why for i, why in reasons.items() if why is not None}
+    if len(found) == len(rebuilt) and len(set(found.values())) == 1:
+        yield name, next(iter(found.values()))
+    else:
+        yield from ((f"{name}.{i}", why) for i, why in found.items())
 
 
 def _outside(module: nn.Module, name: str, inside: set[nn.Parameter]) -> Iterator[str]:

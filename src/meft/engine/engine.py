@@ -28,6 +28,11 @@ The rules, which the code below keeps in this order.
    that come back for them are differentiated in the same run.
 9. A function that acts on each token alone can be run tile by tile: rebuilt, inverted and differentiated in a single
    pass over the tokens, with one tile's activations at a time. Streams that only the tape holds are rebuilt in place.
+   A function that does not may be given as a chain of stages (`stages.Chain`), token-wise or whole: what stands before
+   attention, attention, what stands after. Forward keeps the boundary between two stages and no more; backward rebuilds
+   the boundaries, whole stages with their graph, then undoes the step in the tiles of the last stage and goes down the
+   chain, running token-wise stages once more. What lives at its peak is the streams, the boundaries, their gradients
+   and the graph of the whole stages. A black box is a chain of one whole stage.
 10. A hidden state that something between two layers changed takes the newest stream's place. That stream is kept until
     the backward pass comes down to it: one a place.
 11. An activation that leaves a step's function on the side (a hook, an intervention) hangs on to the graph of the
@@ -46,7 +51,7 @@ Depth is the number of calls of a whole stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -68,8 +73,9 @@ from .checks import (
 from .couplings import Step, Streams
 from .replay import RngState, Snapshot, private_graph, requiring_grad, without_hooks
 from .routes import Attach, Readout, Route, SideAttach, Splice, placeholder
+from .stages import Boundary, Chain, Gathered, Run, Stage, cut, run_stage
 from .tape import Handles, Tape, observed_by, tell_residues, version_of
-from .tiles import joined, tile_of, tiles
+from .tiles import joined, tile_of, tiles, tokens
 
 __all__ = ["Function", "LayerCall", "Tape", "finish", "observed_by", "readout", "run_layer", "splice"]
 
@@ -82,7 +88,7 @@ class LayerCall:
     """One call of one layer, as the engine sees it.
 
     Attributes:
-        functions: the blocks "F" and "G" by name; a missing one stands for zero.
+        functions: the blocks "F" and "G" by name, as black boxes or chains of stages; a missing one stands for zero.
         parameters: leaves that require gradients, in no particular order.
         outside: tensors other than the hidden state that require gradients; given to the functions as their second
             argument, so that a recomputation can put detached ones in their place.
@@ -93,7 +99,7 @@ class LayerCall:
         compiled: whether parts of the functions are compiled, and must be the same programs in both passes.
     """
 
-    functions: Mapping[str, Function]
+    functions: Mapping[str, Function | Chain]
     parameters: tuple[Tensor, ...] = ()
     outside: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
@@ -230,7 +236,11 @@ class _ReversibleStep(torch.autograd.Function):
         side = _Side(tape, below, streams, inputs[ctx.step.source])
         ctx.checksum = tape.checksum(streams[ctx.step.target])
         ctx.all_versions = versions_of(layer)
-        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further)
+        ctx.chain = layer.functions.get(ctx.step.function)
+        if isinstance(ctx.chain, Chain):
+            streams, ctx.snapshot = _take_chain(tape, layer, ctx.chain, ctx.step, streams, ctx.signs, side, residues)
+        else:
+            streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further)
         ctx.save_for_backward(*anchor, *residues)
         tell_residues(residues)
         ctx.set_materialize_grads(False)
@@ -258,7 +268,8 @@ class _ReversibleStep(torch.autograd.Function):
         below = any(ctx.needs_input_grad[3:5])
         pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below, ctx.signs)
         with requiring_grad(layer.parameters), without_hooks(layer.parameters):
-            streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
+            undo = partial(_undo_chain, chain=ctx.chain) if isinstance(ctx.chain, Chain) else _undo_step
+            streams = undo(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
         tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], partial(changes_of, layer, ctx.all_versions))
         last = not below or ctx.level == 1
         tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)
@@ -393,6 +404,193 @@ def _undo_step(
     return step.with_target(streams, joined(pieces, tape.shape))
 
 
+def _take_chain(
+    tape: Tape,
+    layer: LayerCall,
+    chain: Chain,
+    step: Step,
+    streams: Streams,
+    signs: Tensor | None,
+    side: _Side,
+    residues: list[Tensor],
+) -> tuple[Streams, list[Snapshot]]:
+    """`_take_step` for a chain: stage after stage, keeping the present boundary; a snapshot for each stage."""
+    boundary: Boundary = ()
+    snapshots = []
+    hanging = side if side.handle.requires_grad else None
+    for index, stage in enumerate(chain.stages):
+        snapshot = Snapshot.take(tape.device, layer.modules)
+        parts = chain.tiles(index, tape.shape)
+        gathered = Gathered(tape.shape, len(parts))
+        programs: tuple[type, ...] = ()
+        for part in parts:
+            run = _run_stage(tape, layer, stage, streams[step.source], boundary, layer.outside, part, hanging)
+            programs += programs_of(run.values) if layer.compiled else ()
+            values = tuple(value.detach() for value in run.values)
+            del run
+            if index == chain.last:
+                tile = (tile_of(streams[0], part), tile_of(streams[1], part))
+                tile, coupled = step.forward(tape.arithmetic, tile, values[0], _signs_of(signs, tape.shape, part))
+                values = (tile[step.target],)
+                residues += [] if coupled.residue is None else [coupled.residue]
+                if coupled.magnitude is not None:
+                    tape.watch(coupled.magnitude)
+            gathered.put(part, values)
+        snapshots.append(snapshot.settled(programs))
+        boundary = gathered.values()
+    return step.with_target(streams, boundary[0]), snapshots
+
+
+def _undo_chain(
+    tape: Tape,
+    layer: LayerCall,
+    step: Step,
+    streams: Streams,
+    pending: _Pending,
+    outside: Sequence[Tensor],
+    snapshots: Sequence[Snapshot],
+    residues: Sequence[Tensor],
+    *,
+    chain: Chain,
+) -> Streams:
+    """`_undo_step` for a chain: its boundaries anew, then its stages from the last one down."""
+    shape, source = tape.shape, streams[step.source]
+    boundaries: list[Boundary] = [()]
+    kept: dict[int, tuple[Run, list[tuple[GradientEdge, torch.dtype] | None]]] = {}
+
+    def runs(index: int, *, backwards: bool) -> Iterator[tuple[slice, Run]]:
+        stage, snapshot, parts = chain.stages[index], snapshots[index], chain.tiles(index, shape)
+        drawn: list[RngState] | None = [] if len(parts) > 1 else None
+        programs: tuple[type, ...] = ()
+        # Ordinary autograd comes to the last tile first. Random numbers are drawn from the first one on.
+        for part in reversed(parts) if backwards and snapshot.rng is None else parts:
+            disturbed = tape.note_disturbance if part is parts[-1] else None
+            with snapshot.replayed(drawn, disturbed):
+                run = _run_stage(tape, layer, stage, source, boundaries[index], outside, part)
+            programs += programs_of(run.values) if layer.compiled else ()
+            yield part, run
+            del run
+        check_programs(tape, tuple(sorted(snapshot.programs, key=id)), tuple(sorted(programs, key=id)))
+
+    for index in range(chain.last):
+        gathered = Gathered(shape, len(chain.tiles(index, shape)))
+        for part, run in runs(index, backwards=False):
+            gathered.put(part, [value.detach() for value in run.values])
+            if not chain.stages[index].tokenwise:
+                kept[index] = run, run.edges()
+            del run
+        if index in kept:
+            # Its graph has what it needs.
+            boundaries[index] = ()
+        boundaries.append(gathered.values())
+
+    parts = chain.tiles(chain.last, shape)
+    read, pieces, below = _Sum(shape), Gathered(shape, len(parts)), Gathered(shape, len(parts))
+    numbered = dict(zip((part.start for part in parts), residues, strict=False))
+    for part, run in runs(chain.last, backwards=True):
+        value, edges = run.values[0].detach(), run.edges()
+        tile = (tile_of(streams[0], part), tile_of(streams[1], part))
+        signs = _signs_of(pending.signs, shape, part)
+        tile = step.inverse(tape.arithmetic, tile, value, numbered.get(part.start), signs, in_place=tape.in_place)
+        del value
+        if not tape.in_place:
+            pieces.put(part, (tile[step.target],))
+        above = pending.streams[step.target]
+        above = None if above is None else step.to_value(tile_of(above, part))
+        below.put(part, _differentiate(pending, run, edges, (above,), part, read))
+        del run
+    boundaries.pop()
+    for index in reversed(range(chain.last)):
+        above_, below = below.found, Gathered(shape, len(chain.tiles(index, shape)))
+        if index in kept:
+            run, edges = kept.pop(index)
+            below.put(slice(0, shape[:-1].numel()), _differentiate(pending, run, edges, above_, None, read))
+            del run, edges
+        else:
+            for part, run in runs(index, backwards=True):
+                tiles_above = [None if tensor is None else tile_of(tensor, part) for tensor in above_]
+                below.put(part, _differentiate(pending, run, run.edges(), tiles_above, part, read))
+                del run
+        del above_
+        boundaries.pop()
+    gradients = _Tiled(step, pending, shape, 1)
+    gradients.found = [] if read.total is None else [read.total]
+    gradients.finish()
+    if tape.in_place:
+        return streams
+    return step.with_target(streams, pieces.values()[0])
+
+
+def _run_stage(
+    tape: Tape,
+    layer: LayerCall,
+    stage: Stage,
+    stream: Tensor,
+    boundary: Boundary,
+    outside: Sequence[Tensor],
+    part: slice,
+    side: _Side | None = None,
+) -> Run:
+    """Runs a stage on a tile, as both passes do; with `side`, in the forward pass of a stream that has gradients."""
+    with torch.enable_grad(), private_graph():
+        hidden = tape.arithmetic.decode(tile_of(stream, part), tape.dtype).detach() if stage.reads else None
+        handle, attach = (None, None) if side is None else (side.handle, side.attach)
+        run = run_stage(stage, hidden, cut(boundary, part), outside, part, attach, handle)
+        if layer.vet:
+            check_leaves(tape, run.values, (*run.ends, *outside, *layer.parameters))
+    return run
+
+
+class _Sum:
+    """What the stream that a chain reads gets from its stages, tile by tile."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.total: Tensor | None = None
+
+    def whole(self, part: slice | None) -> bool:
+        return part is None or part.stop - part.start == self.shape[:-1].numel()
+
+    def add(self, part: slice | None, piece: Tensor) -> None:
+        if part is None or self.whole(part):
+            self.total = piece
+            return
+        if self.total is None:
+            self.total = piece.new_zeros(self.shape)
+        tokens(self.total)[part] += tokens(piece)
+
+
+def _differentiate(
+    pending: _Pending,
+    run: Run,
+    edges: Sequence[tuple[GradientEdge, torch.dtype] | None],
+    gradients: Sequence[Tensor | None],
+    part: slice | None,
+    read: _Sum,
+) -> Sequence[Tensor | None]:
+    """Differentiates one run of a stage; returns the gradients of its boundary."""
+    known = [
+        (edge[0], g.to(edge[1]))
+        for edge, g in zip(edges, gradients, strict=False)
+        if edge is not None and g is not None
+    ]
+    own = (run.source,) if run.source is not None and pending.below else ()
+    wanted = (*pending.leaves, *run.leaves, *own)
+    if not known or not wanted:
+        return [None] * len(run.leaves)
+    if own and run.entry is not None and read.total is not None and read.whole(part):
+        # The sum goes on where the stage above left it, as in one graph: norms may read the stream more than once.
+        known.append((run.entry, read.total))
+    with explained():
+        found = torch.autograd.grad([edge for edge, _ in known], wanted, [g for _, g in known], allow_unused=True)
+    count = len(pending.leaves)
+    for index in range(count):
+        pending.rest[index] = _added(pending.rest[index], found[index])
+    if own and found[-1] is not None:
+        read.add(part, found[-1])
+    return found[count : count + len(run.leaves)]
+
+
 def _signs_of(signs: Tensor | None, shape: torch.Size, part: slice) -> Tensor | None:
     """The signs of a tile's tokens, from those of the samples."""
     return None if signs is None else tile_of(signs.expand(*shape[:-1], 1), part)
@@ -425,7 +623,9 @@ def _run(
 
 def _call(layer: LayerCall, step: Step, source: Tensor, outside: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Aliases: hooks that tools put on the arguments of modules do not work on leaves within `torch.autograd.grad`.
-    return _values(layer.functions[step.function](source, [tensor.view_as(tensor) for tensor in outside]))
+    function = layer.functions[step.function]
+    assert not isinstance(function, Chain)
+    return _values(function(source, [tensor.view_as(tensor) for tensor in outside]))
 
 
 def _values(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -492,10 +692,13 @@ def _run_cached(tape: Tape, layer: LayerCall, handles: Handles) -> tuple[Tensor,
         value = None
         if function is not None:
             source = Attach.apply(tape.value(streams[step.source]), routes[step.source])
-            parts = layer.tiles(step, tape.shape)
-            values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
-            further += [tensor for _, *rest in values for tensor in rest]
-            value = joined([tile for tile, *_ in values], tape.shape)
+            if isinstance(function, Chain):
+                value = function.cached(source, layer.outside, tape.shape)
+            else:
+                parts = layer.tiles(step, tape.shape)
+                values = [_values(function(tile_of(source, part), layer.outside)) for part in parts]
+                further += [tensor for _, *rest in values for tensor in rest]
+                value = joined([tile for tile, *_ in values], tape.shape)
         detached = None if value is None else value.detach()
         streams, coupled = step.forward(tape.arithmetic, streams, detached, signs)
         if coupled.magnitude is not None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meft.errors import UnsupportedModelError
+
 from .couplings import Step, Streams
 from .tape import Tape
 
@@ -44,6 +46,22 @@ class SideAttach(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None, Tensor]:
         ctx.tape.offer(ctx.level, ctx.streams)
         return None, None, None, None, gradient
+
+
+class Severed(torch.autograd.Function):
+    """A boundary between two stages in the forward run: a gradient that comes to it cannot go on, and that is said."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, handle: Tensor) -> Tensor:
+        return value.view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise UnsupportedModelError(
+            "A loss depends on an activation that was caught inside a reversible layer (an auxiliary loss, a hook), "
+            "and the layer runs in stages, between which such a gradient cannot pass. Use tile_size=None, which runs "
+            'layers whole, or backward="cached". This step\'s gradients were not applied.'
+        )
 
 
 class Route(torch.autograd.Function):

@@ -376,12 +376,15 @@ OPTIONS: tuple[Option, ...] = (
         "tile_size",
         Integer(1),
         "auto",
-        "Tokens that a feed-forward block is given at once where it is coupled by itself (meft3, and momentum by "
-        "blocks).",
+        "Tokens that what acts on each token alone is given at once. A layer whose stages are known runs in three: "
+        "before attention in tiles, attention, after it in tiles, so that only one of them is rebuilt at a time. Of "
+        "other layers, a feed-forward block that is coupled by itself (meft3, and momentum by blocks) runs in tiles.",
         "plan",
-        none="all of them at once",
-        words=MappingProxyType({"auto": "a quarter of them from 1024 up"}),
-        methods=("meft3", "momentum"),
+        none="all of them at once, and layers whole",
+        words=MappingProxyType(
+            {"auto": "from 1024 up an eighth of them, or a quarter for a feed-forward block coupled by itself"}
+        ),
+        methods=COUPLINGS,
     ),
     Option(
         "fused_loss",

@@ -18,7 +18,7 @@ from .preserve import preserved, replaced
 
 
 def report(model: nn.Module, batch: Mapping[str, Any] | None = None) -> StackReport:
-    """Says which stacks of a model are reversible, and what keeps its activations.
+    """Says which stacks of a model are reversible, why layers do not run in stages, and what keeps its activations.
 
     Example:
         >>> meft.make_reversible(model)

@@ -75,7 +75,16 @@ FAMILIES = (
 TABLE: dict[str, Architecture] = {name: row for family in FAMILIES for name, row in family.ROWS.items()}
 """Layer classes of Transformers, by name, and what is known of them."""
 
-__all__ = ["FAMILIES", "TABLE", "Architecture", "architecture_of", "ends_in_norm", "feed_forward_of", "split_of"]
+__all__ = [
+    "FAMILIES",
+    "TABLE",
+    "Architecture",
+    "architecture_of",
+    "ends_in_norm",
+    "feed_forward_of",
+    "owner_of_forward",
+    "split_of",
+]
 
 _INSTEAD = 'Use coupling="meft1", "meft2" or "momentum", which take a layer as a whole.'
 
@@ -86,7 +95,7 @@ def architecture_of(layer: nn.Module) -> Architecture | None:
     A row holds for a layer that runs the `forward` of the row's class: for subclasses too unless they override it, and
     not for other classes that happen to have the name.
     """
-    owner = _owner_of_forward(layer)
+    owner = owner_of_forward(layer)
     return None if owner is None else TABLE.get(owner)
 
 
@@ -153,7 +162,7 @@ def split_of(layer: nn.Module, name: str, asked: str = 'coupling="meft3"') -> Ar
         UnsupportedModelError: the layer has no row in the table, is laid out so that it does not split, or has a child
             that its blocks would leave out.
     """
-    owner, kind = _owner_of_forward(layer), type(layer).__name__
+    owner, kind = owner_of_forward(layer), type(layer).__name__
     known = architecture_of(layer)
     refused = f"{asked} cannot split {name}, a {kind}, into an attention and a feed-forward block"
     reason = parallel.always(layer, owner) if known is None else known.refuses(layer)
@@ -175,8 +184,8 @@ def split_of(layer: nn.Module, name: str, asked: str = 'coupling="meft3"') -> Ar
     return known
 
 
-def _owner_of_forward(layer: nn.Module) -> str | None:
-    """Name of the Transformers class whose `forward` a layer runs; None if it runs code from elsewhere."""
+def owner_of_forward(layer: nn.Module) -> str | None:
+    """Returns the name of the Transformers class whose `forward` a layer runs; None if it runs code from elsewhere."""
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         return None  # Replaced on the instance; Accelerate does so too, around the same code.
     forward = _unwrapped(type(layer).forward)

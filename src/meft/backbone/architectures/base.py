@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .stages import Stages
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -28,6 +30,10 @@ class Architecture:
         children: names of all children that a layer of this class may have; a layer with another one is not split,
             since the blocks would leave it out.
         refuses: (layer) -> why this layer of the class does not split, or None if it does.
+        halves: the two blocks as `residual.Sublayer`s, where they are, for the stages of the layer.
+        withheld: arguments of the layer that its attention does not get.
+        stages: how the layer runs in stages, where `halves` and the table of attentions do not say it.
+        extras: whether its attention gets the arguments that its `forward` does not name.
     """
 
     feed_forward_entry: str
@@ -37,6 +43,10 @@ class Architecture:
     feed_forward_block: Callable[[Any, Tensor], Tensor]
     children: frozenset[str]
     refuses: Callable[[Any], str | None] = lambda layer: None
+    halves: tuple[Any, Any] | None = None
+    withheld: tuple[str, ...] = ()
+    extras: bool = True
+    stages: Stages | None = None
 
 
 def rows(architecture: Architecture, *layers: str) -> dict[str, Architecture]:

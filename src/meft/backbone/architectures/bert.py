@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .base import Architecture, arguments, named, rows
+from .stages import Given, Replaced, Stages, attended, ordinary
 
 
 def attention_block(
@@ -85,6 +87,46 @@ def esm_attention_block(
     return hidden
 
 
+def _before(layer: Any, hidden: Tensor, given: Given, shape: torch.Size, part: slice) -> tuple[Tensor, ...]:
+    inner = layer.attention.self
+    return inner.query(hidden), inner.key(hidden), inner.value(hidden)
+
+
+def _attend(layer: Any, boundary: tuple[Tensor, ...], given: Given) -> Tensor:
+    inner = layer.attention.self
+    further = {name: value for name, value in given.items() if name not in _NAMED}
+    width, dropout = inner.attention_head_size, inner.dropout.p
+    return attended(inner, boundary, given.get("attention_mask"), width=width, dropout=dropout, **further)
+
+
+def _after(layer: Any, hidden: Tensor, o: Tensor) -> Tensor:
+    return layer.attention.output(o, hidden)
+
+
+_NAMED = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+_STAGED = (
+    "Bert",
+    "BertGeneration",
+    "Camembert",
+    "Data2VecText",
+    "Electra",
+    "Ernie",
+    "RoCBert",
+    "Roberta",
+    "XLMRoberta",
+)
+STAGES = Stages(
+    _before,
+    _attend,
+    _after,
+    ordinary,
+    {
+        "attention": Replaced(frozenset(f"{name}Attention" for name in _STAGED), frozenset({"self", "output"})),
+        "attention.self": Replaced(
+            frozenset(f"{name}SelfAttention" for name in _STAGED), frozenset({"query", "key", "value", "dropout"})
+        ),
+    },
+)
 LAYER = Architecture(
     feed_forward_entry="intermediate",
     feed_forward_exit="output.dense",
@@ -92,6 +134,7 @@ LAYER = Architecture(
     attention_block=attention_block,
     feed_forward_block=feed_forward_block,
     children=frozenset({"attention", "crossattention", "intermediate", "output"}),
+    stages=STAGES,
 )
 # The norm stands inside `intermediate`, before its projection.
 PRENORM_LAYER = replace(LAYER, feed_forward_entry="intermediate.dense")

@@ -40,17 +40,25 @@ class Sublayer:
     def run(self, layer: Any, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
         """Returns the hidden state after this half, and what its first module returned besides."""
         first, *others = (getattr(layer, name) for name in self.modules)
-        output = first(hidden if self.before is None else getattr(layer, self.before)(hidden), **given)
+        output = first(self.enter(layer, hidden), **given)
         output, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, ())
         for module in others:
             output = module(output)
+        return self.leave(layer, hidden, output), rest
+
+    def enter(self, layer: Any, hidden: Tensor) -> Tensor:
+        """What the modules are given of the hidden state."""
+        return hidden if self.before is None else getattr(layer, self.before)(hidden)
+
+    def leave(self, layer: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        """The hidden state after this half, from that before it and what the modules returned."""
         for step in (getattr(layer, name) for name in self.after):
             if isinstance(step, nn.Module):
                 output = step(output)
             elif step is not None:
                 output = output * step
         hidden = hidden + output
-        return (hidden if self.closing is None else getattr(layer, self.closing)(hidden)), rest
+        return hidden if self.closing is None else getattr(layer, self.closing)(hidden)
 
 
 def two_residuals(
@@ -98,4 +106,7 @@ def two_residuals(
         feed_forward_block=feed_forward_block,
         children=frozenset({*attention.children, *feed_forward.children, *children}),
         refuses=refuses,
+        halves=None if returns_rest else (attention, feed_forward),
+        withheld=withheld,
+        extras=extras,
     )

@@ -50,8 +50,8 @@ def estimate(
 
     The step runs on tensors that have shapes and no values (PyTorch's FakeTensorMode), and every tensor that comes and
     goes is counted. A deep model is run with a few of its layers and carried on from there (`estimation.predict` says
-    how, and how that is checked). Not seen is what a kernel allocates and frees inside itself: workspaces of matrix
-    products (oneDNN, cuBLAS), of attention's backward pass and of reductions. With `device="cuda"` the kernels of the
+    how, and how that is checked). Not seen is what a kernel allocates and frees inside itself, but for attention on the
+    CPU: workspaces of matrix products (oneDNN, cuBLAS) and of reductions. With `device="cuda"` the kernels of the
     CPU stand in for those of CUDA: blocks are rounded as its allocator rounds them, the optimizer updates all
     parameters together, and attention weights have no dropout, so that attention runs in a kernel that does not store
     them; the allocator's fragmentation and the CUDA context (0.3 to 0.8 GiB) come on top.

@@ -2,7 +2,7 @@
 
 `FakeTensorMode` runs every operation on shapes and dtypes only. `record_fake` notes the storage of every tensor that
 an operation returns and when it dies, as the profiler does for a real step (`measurement.timeline`). What a kernel
-allocates inside itself and frees before it returns is not seen.
+allocates inside itself and frees before it returns is not seen, but for attention's.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class _Recorder(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._watch(tensor, postponed=sums_up)
+        if self.cpu_kernels and func in _FLASH:
+            workspace = _FLASH[func](args)
+            self.note((_WORKSPACE, workspace))
+            self.note((_WORKSPACE, -workspace))
         return output
 
     def note(self, event: tuple[int, int] | str) -> None:
@@ -155,6 +159,42 @@ class _Recorder(TorchDispatchMode):
 _PROMOTING = frozenset(
     getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_")
 )
+
+
+def _flash_forward(args: tuple[Any, ...]) -> int:
+    query, key = args[:2]
+    rows, columns, size = _flash_block(query, key)
+    reduced = query.element_size() if size > query.element_size() else 0
+    return torch.get_num_threads() * (
+        (rows * columns + 2 * rows + rows * query.shape[3]) * size + rows * columns * reduced
+    )
+
+
+def _flash_backward(args: tuple[Any, ...]) -> int:
+    _, query, key = args[:3]
+    rows, columns, size = _flash_block(query, key)
+    reduced = query.element_size() if size > query.element_size() else 0
+    return torch.get_num_threads() * 2 * rows * columns * (size + reduced) + rows * size
+
+
+def _flash_block(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Rows and columns of the block of scores that a thread has at once, and the bytes of a score.
+
+    Source: `flash_attention_kernel_impl` and `flash_attention_backward_kernel_impl` in PyTorch's
+    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
+    """
+    length = query.shape[2]
+    rows = 256 if length >= 768 else 64 if length >= 192 else 32
+    return min(rows, length), min(512, key.shape[2]), max(4, query.element_size())
+
+
+_WORKSPACE = -100
+"""The place of a kernel's workspace."""
+_FLASH: dict[Any, Callable[[tuple[Any, ...]], int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+}
+"""Attention on the CPU takes blocks of its scores, of which every thread has one."""
 
 
 # What PyTorch wraps a mode's handler in.
