@@ -228,9 +228,14 @@ class _ReversibleStep(torch.autograd.Function):
         residues: list[Tensor] = []
         further: list[Tensor] = []
         side = _Side(tape, below, streams, inputs[ctx.step.source])
-        ctx.checksum = tape.checksum(streams[ctx.step.target])
+        before = streams[ctx.step.target]
+        sums: list[Tensor] = []
+        fused = tape.arithmetic.fuses(before, None)
+        ctx.checksum = None if fused else tape.checksum(before)
         ctx.all_versions = versions_of(layer)
-        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further)
+        streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further, sums)
+        if fused:
+            ctx.checksum = tape.checksum(before, sums)
         ctx.save_for_backward(*anchor, *residues)
         tell_residues(residues)
         ctx.set_materialize_grads(False)
@@ -257,9 +262,11 @@ class _ReversibleStep(torch.autograd.Function):
         # The lowest trainable step's input gets no gradient, and no step below needs its streams.
         below = any(ctx.needs_input_grad[3:5])
         pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below, ctx.signs)
+        sums: list[Tensor] = []
         with requiring_grad(layer.parameters), without_hooks(layer.parameters):
-            streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
-        tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], partial(changes_of, layer, ctx.all_versions))
+            streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues, sums)
+        cause = partial(changes_of, layer, ctx.all_versions)
+        tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], cause, sums)
         last = not below or ctx.level == 1
         tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)
         # A hook is not called for a weight that a loss does not reach; the node reaches all, so it is given zeros.
@@ -320,10 +327,12 @@ def _take_step(
     side: _Side,
     residues: list[Tensor],
     further: list[Tensor],
+    sums: list[Tensor],
 ) -> tuple[Streams, Snapshot | None]:
     """Runs a step's function as the backward pass will, and couples the streams with its value alone.
 
-    Adds to `residues` and `further` what the step leaves; returns the new streams and what a rerun must find.
+    Adds to `residues` and `further` what the step leaves, and to `sums` the checksums of tiles of the stream before it
+    that kernels have found; returns the new streams and what a rerun must find.
     """
     snapshot = Snapshot.take(tape.device, layer.modules) if step.function in layer.functions else None
     parts = layer.tiles(step, tape.shape)
@@ -343,6 +352,7 @@ def _take_step(
         tile, coupled = step.forward(tape.arithmetic, tile, value, _signs_of(signs, tape.shape, part))
         pieces.append(tile[step.target])
         residues += [] if coupled.residue is None else [coupled.residue]
+        sums += [] if coupled.checksum is None else [coupled.checksum]
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
     streams = step.with_target(streams, joined(pieces, tape.shape))
@@ -358,8 +368,12 @@ def _undo_step(
     outside: Sequence[Tensor],
     snapshot: Snapshot | None,
     residues: Sequence[Tensor],
+    sums: list[Tensor],
 ) -> Streams:
-    """Runs a step's function once more, subtracts its value to get the streams before, and differentiates the run."""
+    """Runs a step's function once more, subtracts its value to get the streams before, and differentiates the run.
+
+    Adds to `sums` the checksums of tiles of what was rebuilt, where kernels have found them.
+    """
     parts = layer.tiles(step, tape.shape)
     gradients = _Tiled(step, pending, tape.shape, len(parts))
     pieces: list[Tensor] = []
@@ -380,7 +394,7 @@ def _undo_step(
         del values
         signs = _signs_of(pending.signs, tape.shape, part)
         residue = residues[index] if residues else None
-        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place)
+        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place, checksums=sums)
         del value
         if not tape.in_place:
             pieces.append(tile[step.target])
