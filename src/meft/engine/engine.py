@@ -265,7 +265,7 @@ class _ReversibleStep(torch.autograd.Function):
         sums: list[Tensor] = []
         with requiring_grad(layer.parameters), without_hooks(layer.parameters):
             streams = _undo_step(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues, sums)
-        cause = partial(changes_of, layer, ctx.all_versions)
+        cause = partial(changes_of, layer, ctx.all_versions, ctx.snapshot)
         tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], cause, sums)
         last = not below or ctx.level == 1
         tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)

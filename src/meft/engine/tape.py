@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError
+from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError, UnsupportedModelError
 
 from .arithmetic import Arithmetic, norm
 from .couplings import Coupling, Streams
@@ -109,6 +109,8 @@ class Tape:
     ) -> None:
         # Without a backward pass each token stands for itself: what is lost of one is no loss to the others.
         self.by_token = not torch.is_grad_enabled()
+        if not self.by_token:
+            _refuse_recording(name)
         self.coupling, self.training, self.first = coupling, training, first
         self.arithmetic = arithmetic.fitted(hidden, training=training, by_token=self.by_token)
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
@@ -397,6 +399,21 @@ def _sum_of(stream: Tensor, found: Sequence[Tensor]) -> Tensor:
     if not found:
         return stream.sum(dtype=torch.int64)
     return found[0] if len(found) == 1 else torch.stack(list(found)).sum()
+
+
+def _refuse_recording(name: str) -> None:
+    """Refuses a step that a CUDA graph is to repeat: it draws on generators' states, and its check waits once.
+
+    Raises:
+        UnsupportedModelError: one is being recorded.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModelError(
+            f"A CUDA graph is being recorded while {name} runs with gradients. A reversible step reads the states of "
+            "random generators and looks once at whether its bits came back, and a graph can do neither. Record the "
+            "forward pass under torch.no_grad(), or the modules inside the layers (torch.compile with "
+            'mode="reduce-overhead" on them), or use the model without meft.'
+        )
 
 
 def version_of(tensor: Tensor) -> int:
