@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
@@ -58,6 +59,7 @@ def doctor_command(words: Sequence[str], *, description: str | None = None) -> i
     batch = random_batch(
         base, task_type, batch_size=arguments.batch_size, seq_length=arguments.seq_length, seed=arguments.seed
     )
-    diagnosis = examine(base.to(device).train(), {name: tensor.to(device) for name, tensor in batch.items()})
+    model: nn.Module = base
+    diagnosis = examine(model.to(device).train(), {name: tensor.to(device) for name, tensor in batch.items()})
     Console().print(str(diagnosis), markup=False, soft_wrap=True)
     return 0 if diagnosis.passed() else 1
