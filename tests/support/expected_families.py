@@ -70,8 +70,6 @@ for _name, _layer in _PARALLEL.items():
     _add(_name, ("meft3",), f"a {_layer}, {_SPLIT}its attention and its feed-forward read the same input")
 for _name, _layer in _UNKNOWN.items():
     _add(_name, ("meft3",), f"a {_layer}, {_SPLIT}it is not known")
-for _name in ("xlnet", "funnel"):
-    _add(_name, ("meft1", "meft2", "momentum"), "was not called, so the adapter beside it has no effect")
 for _name in _RECURRENT:
     _add(_name, ("meft3",), f"{_SPLIT}it is not known")
 for _name, _model in _WITHOUT_A_STACK.items():

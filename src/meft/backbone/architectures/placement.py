@@ -36,8 +36,11 @@ PAIRS = (
     ("intermediate_dense", "output_dense"),
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("wi", "wo"),
+    ("ff.layer_1", "ff.layer_2"),
+    ("ffn.linear_1", "ffn.linear_2"),
 )
-"""Children through which a feed-forward is entered and left, where it has no module of its own."""
+"""Where a feed-forward is entered and left, where it has no module of its own, or one that also adds its input and
+norms the sum (XLNet, Funnel): what is beside that would come behind the layer's last norm."""
 
 
 def usual(layer: nn.Module) -> list[Ends]:
@@ -59,12 +62,14 @@ def submodule(layer: nn.Module, path: str) -> nn.Module | None:
 
 def _among(module: nn.Module) -> Iterator[Ends]:
     children = dict(module.named_children())
+    inside = set()
     for first, last in PAIRS:
-        entry, exit_ = children.get(first), submodule(module, last)
+        entry, exit_ = submodule(module, first), submodule(module, last)
         if entry is not None and exit_ is not None and _fits(entry, exit_):
+            inside.add(first.partition(".")[0])
             yield entry, exit_
     for name in WHOLE:
-        if name in children and _fits(children[name], children[name]):
+        if name in children and name not in inside and _fits(children[name], children[name]):
             yield children[name], children[name]
 
 
