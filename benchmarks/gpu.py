@@ -80,7 +80,7 @@ class Bench:
 
     def ids(self, batch: int | None = None, sequence: int | None = None) -> Tensor:
         shape = (batch or self.batch, sequence or self.sequence)
-        return torch.randint(3, self.config().vocab_size, shape, device=self.device)  # type: ignore[arg-type]
+        return torch.randint(3, self.config().vocab_size, shape, device=self.device)
 
     def wait(self) -> None:
         if self.device.type != "cpu":
@@ -118,16 +118,21 @@ METHODS: dict[str, tuple[Peer, bool]] = {
 def steps_of_peers(bench: Bench) -> Iterator[tuple[str, Any]]:
     """Step time, tokens a second and peak, at the shape of PEFT's public benchmark; a method's steps in a row."""
     ids = bench.ids()
+    model, optimizer = nn.Module(), None
     for name, (peer, compiled) in METHODS.items():
         bench.forget()
         try:
             model, optimizer = bench.model(peer, compiled=compiled and not bench.small)
             seconds = [bench.step(model, optimizer, peer, ids) for _ in range(bench.rounds + 2)][2:]
-            row = {"seconds": seconds, "tokens_a_second": ids.numel() / median(seconds), "peak": bench.peak()}
+            row: dict[str, Any] = {
+                "seconds": seconds,
+                "tokens_a_second": ids.numel() / median(seconds),
+                "peak": bench.peak(),
+            }
         except torch.OutOfMemoryError as error:
             row = {"failed": str(error).splitlines()[0]}
         yield name, {**row, "published": PUBLISHED.get(name)}
-        model = optimizer = None
+        model, optimizer = nn.Module(), None
 
 
 def step_ratio(bench: Bench) -> Iterator[tuple[str, Any]]:
@@ -135,7 +140,8 @@ def step_ratio(bench: Bench) -> Iterator[tuple[str, Any]]:
     names, times, ids = (CHECKPOINTING, OURS), dict[str, list[float]](), bench.ids()
     made = {name: bench.model(METHODS[name][0]) for name in names}
     for name in in_turn(names, bench.rounds):
-        times.setdefault(name, []).append(bench.step(*made[name], METHODS[name][0], ids))
+        model, optimizer = made[name]
+        times.setdefault(name, []).append(bench.step(model, optimizer, METHODS[name][0], ids))
     yield "ratio", median(times[OURS][1:]) / median(times[CHECKPOINTING][1:])
 
 
@@ -179,9 +185,9 @@ def longest_sequence(bench: Bench) -> Iterator[tuple[str, Any]]:
         bench.forget()
         model, optimizer = bench.model(METHODS[name][0])
 
-        def fits(tokens: int, name: str = name, made: Any = (model, optimizer)) -> bool:
+        def fits(tokens: int, model: Any = model, optimizer: Any = optimizer, peer: Peer = METHODS[name][0]) -> bool:
             try:
-                bench.step(*made, METHODS[name][0], bench.ids(1, tokens))
+                bench.step(model, optimizer, peer, bench.ids(1, tokens))
                 return True
             except torch.OutOfMemoryError:
                 return False
@@ -189,7 +195,7 @@ def longest_sequence(bench: Bench) -> Iterator[tuple[str, Any]]:
                 bench.forget()
 
         yield name, longest(fits, low, high)
-        model = optimizer = None
+        del model, optimizer, fits
 
 
 def no_wrong_bit(bench: Bench) -> Iterator[tuple[str, Any]]:
