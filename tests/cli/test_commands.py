@@ -18,7 +18,20 @@ from meft_lab.cli.demo import DemoArguments
 from meft_lab.cli.families import FamiliesArguments
 from meft_lab.cli.sweep import SweepArguments
 
-NAMES = ("train", "evaluate", "chat", "verify", "export", "estimate", "run", "sweep", "study", "demo", "families")
+NAMES = (
+    "train",
+    "evaluate",
+    "chat",
+    "verify",
+    "doctor",
+    "export",
+    "estimate",
+    "run",
+    "sweep",
+    "study",
+    "demo",
+    "families",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
