@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from meft.errors import ConfigError
 from meft.loading.arguments import ModelArguments
 from meft.loading.pretrained import load_pretrained
 from meft.options import check_integer
@@ -50,8 +49,6 @@ def doctor_command(words: Sequence[str], *, description: str | None = None) -> i
         (ModelArguments, DoctorArguments), words, command="doctor", description=description
     )
     arguments.check()
-    if not model_arguments.model_name_or_path:
-        raise ConfigError("meft doctor needs a model. Write meft doctor MODEL, a folder or a name.")
     device = _device(arguments.device)
     torch.manual_seed(arguments.seed)
     base, task_type = load_pretrained(model_arguments, model_arguments.model_name_or_path, arguments.task_type)
