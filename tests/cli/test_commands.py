@@ -18,7 +18,20 @@ from meft_lab.cli.demo import DemoArguments
 from meft_lab.cli.families import FamiliesArguments
 from meft_lab.cli.sweep import SweepArguments
 
-NAMES = ("train", "evaluate", "chat", "verify", "export", "estimate", "run", "sweep", "study", "demo", "families")
+NAMES = (
+    "train",
+    "evaluate",
+    "chat",
+    "verify",
+    "doctor",
+    "export",
+    "estimate",
+    "run",
+    "sweep",
+    "study",
+    "demo",
+    "families",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -47,7 +60,13 @@ def test_every_command_has_help_in_groups(name: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "study"])
 def test_every_command_says_mistakes_alike(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    needed = {"export": ["a", "--output_dir=b"], "estimate": ["m"], "chat": ["m"], "sweep": ["no-such-recipe"]}
+    needed = {
+        "export": ["a", "--output_dir=b"],
+        "estimate": ["m"],
+        "chat": ["m"],
+        "doctor": ["m"],
+        "sweep": ["no-such-recipe"],
+    }
     if name == "run":
         code, out, err = run(capsys, name, "--no_such_thing=1")
         assert (code, out) == (2, "") and err.startswith("Error: ") and "names no program behind '--'" in err

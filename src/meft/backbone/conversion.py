@@ -23,6 +23,7 @@ from meft.options import FUNCTION, checked, option_arguments, plan_options
 
 from .checkpointing import FLAG, inside, is_wrapped, warn_dropped
 from .discovery import Stack, check_module, find_stacks, post_norm, pretrained_of
+from .experts import unordered
 from .layers import ReversibleLayer
 from .plan import Plan
 from .recording import install_recording
@@ -138,6 +139,13 @@ def prepare_stacks(model: nn.Module, stacks: Sequence[tuple[Stack, ReversibleSta
                 if not isinstance(holder, nn.Module):
                     _save_as_given(reversible_stack, holder, name)
                 _change(reversible_stack, holder, name, 0.0)
+        for config, attribute, value in unordered(stack.layers, stack.owner):
+            logger.warning(
+                f"The experts of {stack} run as {value} instead of eager until the layers are given back: on an "
+                "accelerator that adds up in an order of its own, and a reversible layer has to return the same bits "
+                f'twice. model.set_experts_implementation("{value}") chooses it yourself.'
+            )
+            _change(reversible_stack, config, attribute, value)
         owners = {id(place.owner): place.owner for place in (stack, *stack.aliases)}
         for owner in owners.values():
             reversible_stack.hooks.append(owner.register_forward_hook(reversible_stack.check_ended))

@@ -81,6 +81,7 @@ class Plan(WithOptions):
             "arithmetic": "exact" if self.arithmetic.exact else "float",
             "backward": "reversible" if self.reversible else "cached",
             "fraction_bits": _fraction_bits(self.arithmetic),
+            "kernels": self.arithmetic.kernels,
             **{name: getattr(self, name) for name in _options_of_part("plan")},
         }
 
@@ -122,11 +123,18 @@ class Plan(WithOptions):
             )
 
 
-def make_arithmetic(arithmetic: str, fraction_bits: int | str) -> Arithmetic:
+def make_arithmetic(arithmetic: str, fraction_bits: int | str, kernels: str) -> Arithmetic:
     """Makes the arithmetic that the options of this part ask for."""
     if arithmetic == "float":
+        if kernels == "triton":
+            raise ConfigError(
+                'kernels="triton" does not go with arithmetic="float", which has no kernels. Valid there: "auto" and '
+                '"reference", which are the same. Leave kernels out, or choose arithmetic="exact".'
+            )
         return FloatArithmetic()
-    return FixedPoint(fraction_bits) if isinstance(fraction_bits, int) else AutomaticGrid()
+    if isinstance(fraction_bits, int):
+        return FixedPoint(fraction_bits, kernels=kernels)
+    return AutomaticGrid(kernels=kernels)
 
 
 def _fraction_bits(arithmetic: Arithmetic) -> int | str | None:

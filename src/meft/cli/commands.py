@@ -124,6 +124,13 @@ def verify(words: Sequence[str], line: str) -> int:
     return verify_command(words, command=line, description=verify.__doc__)
 
 
+def doctor(words: Sequence[str], line: str) -> int:
+    """Say whether a model's layers return the same bits twice on this machine: meft doctor MODEL."""
+    from .doctor import doctor_command
+
+    return doctor_command(words, description=doctor.__doc__)
+
+
 def export(words: Sequence[str], line: str) -> None:
     """Write a trained model or adapter into a folder that loads by itself; LoRA becomes a plain model."""
     from meft.parsing import parse
@@ -153,7 +160,7 @@ def run(words: Sequence[str], line: str) -> int:
 
 def all_commands() -> Commands:
     """Those of the library, and those of installed packages."""
-    commands = Commands((train, evaluate, chat, verify, export, estimate, run))
+    commands = Commands((train, evaluate, chat, verify, doctor, export, estimate, run))
     for point in entry_points(group="meft.commands"):
         point.load()(commands)
     return commands

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from meft.errors import ConfigError
 
+from .kernels.choice import fuses
 from .residues import MAX_DIVISOR, bits_for, pack, unpack
 from .tiles import packed_slab, slabs
 
@@ -52,11 +53,13 @@ class Coupled:
         residue: what the inverse needs besides y and f (packed remainders, uint8), or None.
         magnitude: max |y| in the units of the hidden state, float32 on the stream's device, or None where a stream
             cannot overflow: a zero-dimensional tensor, or (..., 1) for an arithmetic that looks at each token.
+        checksum: of the stream before the step, where it was found in passing.
     """
 
     stream: Tensor
     residue: Tensor | None = None
     magnitude: Tensor | None = None
+    checksum: Tensor | None = None
 
 
 class Arithmetic(Protocol):
@@ -77,8 +80,15 @@ class Arithmetic(Protocol):
         """
 
     @property
+    def kernels(self) -> str:
+        """Which code couples streams, one of `kernels.choice.KERNELS`."""
+
+    @property
     def automatic(self) -> bool:
         """Whether streams fit all but any hidden state, so that nobody need wait to see whether they do."""
+
+    def fuses(self, stream: Tensor, f: Tensor | None) -> bool:
+        """Whether a kernel takes whole steps on such a stream, to which f is added, in the place of what follows."""
 
     @property
     def limit(self) -> Tensor | float:
@@ -112,9 +122,13 @@ class FloatArithmetic:
     exact: bool = False
     automatic: bool = True
     limit: float = math.inf
+    kernels: str = "reference"
 
     def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> FloatArithmetic:
         return self
+
+    def fuses(self, stream: Tensor, f: Tensor | None) -> bool:
+        return False
 
     def encode(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -154,6 +168,8 @@ class FixedPoint:
         dtype: of the streams, int32 or int64.
         automatic: whether the binary places were taken from the input.
         by_token: whether magnitudes are found for each token.
+        kernels: which code couples streams, one of `kernels.choice.KERNELS`.
+        fused: whether it is the kernels, in this forward pass.
     """
 
     fraction_bits: int | Tensor = 16
@@ -161,9 +177,22 @@ class FixedPoint:
     automatic: bool = False
     by_token: bool = False
     exact: bool = True
+    kernels: str = "auto"
+    fused: bool = False
 
     def fitted(self, hidden: Tensor, *, training: bool, by_token: bool = False) -> FixedPoint:
-        return replace(self, dtype=torch.int32 if training else torch.int64, by_token=by_token)
+        dtype = torch.int32 if training else torch.int64
+        return replace(self, dtype=dtype, by_token=by_token, fused=self._fused(hidden))
+
+    def _fused(self, hidden: Tensor) -> bool:
+        return fuses(self.kernels, hidden)
+
+    def fuses(self, stream: Tensor, f: Tensor | None) -> bool:
+        if not self.fused:
+            return False
+        from .kernels.fused import takes
+
+        return takes(stream, f)
 
     @cached_property
     def limit(self) -> Tensor | float:
@@ -183,6 +212,10 @@ class FixedPoint:
         return self._quantise(hidden).contiguous()
 
     def decode(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.float64 and self.fuses(stream, None):
+            from .kernels.fused import decode
+
+            return decode(self, stream, dtype)
         return stream.to(_working_dtype(dtype)).mul_(self.step).to(dtype)
 
     def couple(self, x: Tensor, f: Tensor | None, factor: float) -> Coupled:
@@ -216,7 +249,8 @@ class FixedPoint:
             largest = norm(sums, math.inf, by_token=True)
         else:
             largest = torch.stack(peaks).amax() if peaks else y.new_zeros(())
-        return Coupled(y, _joined(residues), largest.to(torch.float32) * self.step)
+        # The largest of nothing but zeros may have either sign.
+        return Coupled(y, _joined(residues), largest.to(torch.float32).abs() * self.step)
 
     def uncouple(
         self, y: Tensor, f: Tensor | None, factor: float, residue: Tensor | None, *, in_place: bool = False
@@ -298,7 +332,14 @@ class AutomaticGrid(FixedPoint):
             finite = norm(hidden, math.inf) < math.inf
             exponent = torch.where(finite, exponent, _exponent(hidden.detach().nan_to_num(0.0, 0.0, 0.0)))
         dtype = torch.int32 if training and hidden.element_size() == 2 else torch.int64
-        return FixedPoint(_BELOW_RMS[hidden.dtype] - exponent, dtype, automatic=True, by_token=by_token)
+        return FixedPoint(
+            _BELOW_RMS[hidden.dtype] - exponent,
+            dtype,
+            automatic=True,
+            by_token=by_token,
+            kernels=self.kernels,
+            fused=self._fused(hidden),
+        )
 
 
 def _exponent(hidden: Tensor) -> Tensor:

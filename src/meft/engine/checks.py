@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from meft.errors import DoubleBackwardError, MeftError, ModifiedTensorError, ReconstructionError, UnsupportedModelError
 
+from .replay import Snapshot
 from .routes import SideAttach
 from .sharding import refuse_flat
 from .tape import Tape, version_of
@@ -46,8 +47,11 @@ def versions_of(layer: Any) -> tuple[int, ...]:
     return tuple(map(version_of, (*_state(layer), *layer.inputs)))
 
 
-def changes_of(layer: Any, before: tuple[int, ...]) -> str:
+def changes_of(layer: Any, before: tuple[int, ...], snapshot: Snapshot | None = None) -> str:
     """Says what of a layer had changed when it was run again, as far as PyTorch counts changes."""
+    state_changed = snapshot.changed() if snapshot is not None else ""
+    if state_changed:
+        return f"{state_changed} changed in between"
     state, now = _state(layer), versions_of(layer)
     if len(now) != len(before):
         return "its weights were exchanged in between"

@@ -57,7 +57,7 @@ from torch import Tensor
 
 from meft.errors import ConfigError
 
-from .arithmetic import Arithmetic, Coupled
+from .arithmetic import Arithmetic, Coupled, FixedPoint
 
 Streams = tuple[Tensor, Tensor]
 OutputRule = Literal["mean", "newest", "weighted"] | tuple[str, float] | Sequence[str | float]
@@ -104,6 +104,12 @@ class Step:
     ) -> tuple[Streams, Coupled]:
         """Applies the step; f is the value of its function. Returns the streams after it and what was computed."""
         x = streams[self.target]
+        if arithmetic.fuses(x, f):
+            from .kernels import fused
+
+            assert isinstance(arithmetic, FixedPoint)
+            coupled = fused.couple(self, arithmetic, streams, f, signs)
+            return self.with_target(streams, coupled.stream), coupled
         if self.difference:
             x = x - streams[self.source]
             if signs is not None:
@@ -120,8 +126,20 @@ class Step:
         signs: Tensor | None = None,
         *,
         in_place: bool = False,
+        checksums: list[Tensor] | None = None,
     ) -> Streams:
-        """Undoes the step; streams are those after it. Returns those before it, in their memory if `in_place`."""
+        """Undoes the step; streams are those after it. Returns those before it, in their memory if `in_place`.
+
+        To `checksums` that of the stream which the step changed is added, where it was found in passing.
+        """
+        if arithmetic.fuses(streams[self.target], f):
+            from .kernels import fused
+
+            assert isinstance(arithmetic, FixedPoint)
+            x, checksum = fused.uncouple(self, arithmetic, streams, f, residue, signs, in_place=in_place)
+            if checksums is not None:
+                checksums.append(checksum)
+            return self.with_target(streams, x)
         added = self._added(arithmetic, streams, f)
         x = arithmetic.uncouple(streams[self.target], added, self.factor, residue, in_place=in_place)
         if self.difference:

@@ -234,13 +234,20 @@ class _ReversibleStep(torch.autograd.Function):
         residues: list[Tensor] = []
         further: list[Tensor] = []
         side = _Side(tape, below, streams, inputs[ctx.step.source])
-        ctx.checksum = tape.checksum(streams[ctx.step.target])
+        before = streams[ctx.step.target]
+        sums: list[Tensor] = []
+        fused = tape.arithmetic.fuses(before, None)
+        ctx.checksum = None if fused else tape.checksum(before)
         ctx.all_versions = versions_of(layer)
         ctx.chain = layer.functions.get(ctx.step.function)
         if isinstance(ctx.chain, Chain):
-            streams, ctx.snapshot = _take_chain(tape, layer, ctx.chain, ctx.step, streams, ctx.signs, side, residues)
+            streams, ctx.snapshot = _take_chain(
+                tape, layer, ctx.chain, ctx.step, streams, ctx.signs, side, residues, sums
+            )
         else:
-            streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further)
+            streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further, sums)
+        if fused:
+            ctx.checksum = tape.checksum(before, sums)
         ctx.save_for_backward(*anchor, *residues)
         tell_residues(residues)
         ctx.set_materialize_grads(False)
@@ -267,10 +274,14 @@ class _ReversibleStep(torch.autograd.Function):
         # The lowest trainable step's input gets no gradient, and no step below needs its streams.
         below = any(ctx.needs_input_grad[3:5])
         pending = _Pending(list(gradients), (*ctx.outside, *layer.parameters), rest, further, below, ctx.signs)
+        sums: list[Tensor] = []
         with requiring_grad(layer.parameters), without_hooks(layer.parameters):
             undo = partial(_undo_chain, chain=ctx.chain) if isinstance(ctx.chain, Chain) else _undo_step
-            streams = undo(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues)
-        tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], partial(changes_of, layer, ctx.all_versions))
+            streams = undo(tape, layer, ctx.step, streams, pending, ctx.outside, ctx.snapshot, residues, sums)
+        # The stages of a chain ran one after the other, in the state that the first one found.
+        snapshot = ctx.snapshot[0] if isinstance(ctx.chain, Chain) else ctx.snapshot
+        cause = partial(changes_of, layer, ctx.all_versions, snapshot)
+        tape.compare(ctx.level, ctx.checksum, streams[ctx.step.target], cause, sums)
         last = not below or ctx.level == 1
         tape.leave_inputs(ctx.level - 1, streams, anchor if anchored else None, last=last)
         # A hook is not called for a weight that a loss does not reach; the node reaches all, so it is given zeros.
@@ -331,10 +342,12 @@ def _take_step(
     side: _Side,
     residues: list[Tensor],
     further: list[Tensor],
+    sums: list[Tensor],
 ) -> tuple[Streams, Snapshot | None]:
     """Runs a step's function as the backward pass will, and couples the streams with its value alone.
 
-    Adds to `residues` and `further` what the step leaves; returns the new streams and what a rerun must find.
+    Adds to `residues` and `further` what the step leaves, and to `sums` the checksums of tiles of the stream before it
+    that kernels have found; returns the new streams and what a rerun must find.
     """
     snapshot = Snapshot.take(tape.device, layer.modules) if step.function in layer.functions else None
     parts = layer.tiles(step, tape.shape)
@@ -354,6 +367,7 @@ def _take_step(
         tile, coupled = step.forward(tape.arithmetic, tile, value, _signs_of(signs, tape.shape, part))
         pieces.append(tile[step.target])
         residues += [] if coupled.residue is None else [coupled.residue]
+        sums += [] if coupled.checksum is None else [coupled.checksum]
         if coupled.magnitude is not None:
             tape.watch(coupled.magnitude)
     streams = step.with_target(streams, joined(pieces, tape.shape))
@@ -369,8 +383,12 @@ def _undo_step(
     outside: Sequence[Tensor],
     snapshot: Snapshot | None,
     residues: Sequence[Tensor],
+    sums: list[Tensor],
 ) -> Streams:
-    """Runs a step's function once more, subtracts its value to get the streams before, and differentiates the run."""
+    """Runs a step's function once more, subtracts its value to get the streams before, and differentiates the run.
+
+    Adds to `sums` the checksums of tiles of what was rebuilt, where kernels have found them.
+    """
     parts = layer.tiles(step, tape.shape)
     gradients = _Tiled(step, pending, tape.shape, len(parts))
     pieces: list[Tensor] = []
@@ -391,7 +409,7 @@ def _undo_step(
         del values
         signs = _signs_of(pending.signs, tape.shape, part)
         residue = residues[index] if residues else None
-        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place)
+        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place, checksums=sums)
         del value
         if not tape.in_place:
             pieces.append(tile[step.target])
@@ -413,6 +431,7 @@ def _take_chain(
     signs: Tensor | None,
     side: _Side,
     residues: list[Tensor],
+    sums: list[Tensor],
 ) -> tuple[Streams, list[Snapshot]]:
     """`_take_step` for a chain: stage after stage, keeping the present boundary; a snapshot for each stage."""
     boundary: Boundary = ()
@@ -433,6 +452,7 @@ def _take_chain(
                 tile, coupled = step.forward(tape.arithmetic, tile, values[0], _signs_of(signs, tape.shape, part))
                 values = (tile[step.target],)
                 residues += [] if coupled.residue is None else [coupled.residue]
+                sums += [] if coupled.checksum is None else [coupled.checksum]
                 if coupled.magnitude is not None:
                     tape.watch(coupled.magnitude)
             gathered.put(part, values)
@@ -450,6 +470,7 @@ def _undo_chain(
     outside: Sequence[Tensor],
     snapshots: Sequence[Snapshot],
     residues: Sequence[Tensor],
+    sums: list[Tensor],
     *,
     chain: Chain,
 ) -> Streams:
@@ -491,7 +512,8 @@ def _undo_chain(
         value, edges = run.values[0].detach(), run.edges()
         tile = (tile_of(streams[0], part), tile_of(streams[1], part))
         signs = _signs_of(pending.signs, shape, part)
-        tile = step.inverse(tape.arithmetic, tile, value, numbered.get(part.start), signs, in_place=tape.in_place)
+        residue = numbered.get(part.start)
+        tile = step.inverse(tape.arithmetic, tile, value, residue, signs, in_place=tape.in_place, checksums=sums)
         del value
         if not tape.in_place:
             pieces.put(part, (tile[step.target],))

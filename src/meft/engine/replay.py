@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_SDPA_FLAGS = (
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-)
+from .switches import compared_since, read_compared, read_switches, switched_to
 
 
 def on_fake_tensors() -> bool:
@@ -96,23 +91,25 @@ class Autocast:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one call must find again: autocast, attention kernels, training flags, and random numbers if it drew any.
+    """What one call must find again: autocast, what chooses kernels, training flags, and random numbers if it drew any.
 
     `hooks` are those of modules that have any: PEFT and users put some on for the duration of a forward pass.
     `after` tells the generators' states when the call was done, if it drew any.
     `buffers` are those that the call updates (running statistics of a batch norm): a second call must not do it again.
     `programs` are the compiled ones that it ran.
+    `compared` is what decides about bits and cannot be put back.
     """
 
     rng: RngState | None
     autocast: tuple[Autocast, ...]
-    sdpa: tuple[bool, ...]
+    switches: tuple[Any, ...]
     modules: tuple[nn.Module, ...]
     training: tuple[bool, ...]
     buffers: tuple[tuple[nn.Module, str, int], ...] = ()
     programs: tuple[type, ...] = ()
     hooks: tuple[tuple[nn.Module, Hooks], ...] = ()
     after: int | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def take(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> Snapshot:
@@ -121,7 +118,7 @@ class Snapshot:
         return cls(
             RngState.take(device),
             Autocast.take(device),
-            tuple(bool(read()) for read, _ in _SDPA_FLAGS),
+            read_switches(),
             modules,
             tuple(module.training for module in modules),
             tuple(
@@ -131,7 +128,12 @@ class Snapshot:
                 if buffer is not None and not buffer.is_inference()
             ),
             hooks=tuple((module, _hooks_of(module)) for module in modules if _has_hooks(module)),
+            compared=read_compared(modules),
         )
+
+    def changed(self) -> str:
+        """Names what decides about bits, cannot be put back, and has changed; empty if nothing has."""
+        return compared_since(self.compared, self.modules)
 
     def settled(self, programs: tuple[type, ...] = ()) -> Snapshot:
         """Keeps what the call just made turned out to need: no generator states (5 kB on a CPU) if it drew nothing."""
@@ -160,7 +162,7 @@ class Snapshot:
         with ExitStack() as stack:
             for autocast in self.autocast:
                 stack.enter_context(autocast.context())
-            stack.enter_context(_sdpa(self.sdpa))
+            stack.enter_context(switched_to(self.switches))
             stack.enter_context(_training(self.modules, self.training))
             stack.enter_context(_spared(self.buffers))
             stack.enter_context(_hooked(self.modules, self.hooks))
@@ -173,22 +175,6 @@ class Snapshot:
             after = None if self.rng is None or disturbed is None else RngState.take(self.rng.device).fingerprint()
             if disturbed is not None and after is not None and after != self.after:
                 disturbed()
-
-
-@contextmanager
-def _sdpa(wanted: Sequence[bool]) -> Iterator[None]:
-    present = [bool(read()) for read, _ in _SDPA_FLAGS]
-    try:
-        _set_flags(present, wanted)
-        yield
-    finally:
-        _set_flags(wanted, present)
-
-
-def _set_flags(present: Sequence[bool], wanted: Sequence[bool]) -> None:
-    for (_, write), before, after in zip(_SDPA_FLAGS, present, wanted, strict=True):
-        if before != after:
-            write(after)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError
+from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, StreamOverflowError, UnsupportedModelError
 
 from .arithmetic import Arithmetic, norm
 from .couplings import Coupling, Streams
@@ -109,6 +109,8 @@ class Tape:
     ) -> None:
         # Without a backward pass each token stands for itself: what is lost of one is no loss to the others.
         self.by_token = not torch.is_grad_enabled()
+        if not self.by_token:
+            _refuse_recording(name)
         self.coupling, self.training, self.first = coupling, training, first
         self.arithmetic = arithmetic.fitted(hidden, training=training, by_token=self.by_token)
         self.drift_tolerance, self.anchor_every, self.name = drift_tolerance, anchor_every, name
@@ -277,13 +279,23 @@ class Tape:
         kept, self.kept = self.kept, None
         return kept
 
-    def checksum(self, stream: Tensor) -> Tensor | None:
-        """One number for the bits of a stream, on its device; None where streams are not rebuilt bit for bit."""
+    def checksum(self, stream: Tensor, found: Sequence[Tensor] = ()) -> Tensor | None:
+        """One number for the bits of a stream, on its device; None where streams are not rebuilt bit for bit.
+
+        `found` are the numbers of its tiles, where they are known already.
+        """
         if not self.arithmetic.exact or self.anchor_every is not None or on_fake_tensors():
             return None
-        return stream.sum(dtype=torch.int64)
+        return _sum_of(stream, found)
 
-    def compare(self, level: int, before: Tensor | None, stream: Tensor, cause: Callable[[], str]) -> None:
+    def compare(
+        self,
+        level: int,
+        before: Tensor | None,
+        stream: Tensor,
+        cause: Callable[[], str],
+        found: Sequence[Tensor] = (),
+    ) -> None:
         """Compares the stream that the step below a level rebuilt with its checksum, without looking at the outcome.
 
         Args:
@@ -291,9 +303,10 @@ class Tape:
             before: the checksum of the forward pass, or None.
             stream: what was rebuilt.
             cause: says what has changed in the layer, if it is asked.
+            found: the checksums of what was rebuilt, tile by tile, where they are known already.
         """
         if before is not None:
-            self.differences.append((level, before != stream.sum(dtype=torch.int64), cause))
+            self.differences.append((level, before != _sum_of(stream, found), cause))
 
     @property
     def in_place(self) -> bool:
@@ -382,17 +395,39 @@ class Tape:
             self.drift_listener(deviation)
 
 
+def _sum_of(stream: Tensor, found: Sequence[Tensor]) -> Tensor:
+    if not found:
+        return stream.sum(dtype=torch.int64)
+    return found[0] if len(found) == 1 else torch.stack(list(found)).sum()
+
+
+def _refuse_recording(name: str) -> None:
+    """Refuses a step that a CUDA graph is to repeat: it draws on generators' states, and its check waits once.
+
+    Raises:
+        UnsupportedModelError: one is being recorded.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModelError(
+            f"A CUDA graph is being recorded while {name} runs with gradients. A reversible step reads the states of "
+            "random generators and looks once at whether its bits came back, and a graph can do neither. Record the "
+            "forward pass under torch.no_grad(), or the modules inside the layers (torch.compile with "
+            'mode="reduce-overhead" on them), or use the model without meft.'
+        )
+
+
 def version_of(tensor: Tensor) -> int:
     """Counts in-place modifications of a tensor; inference tensors cannot be modified and keep no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def relative_deviation(x1: Tensor, x2: Tensor) -> float:
-    """|x1 - x2| / |x1| in the Euclidean norm, computed in float64."""
+    """|x1 - x2| / |x1| in the Euclidean norm, computed in float64 (float32 on Apple's devices)."""
     if not x1.numel():
         return 0.0
-    difference = torch.linalg.vector_norm(x1.double() - x2.double())
-    return float(difference / torch.linalg.vector_norm(x1.double()).clamp_min(torch.finfo(torch.float64).tiny))
+    wide = torch.float32 if x1.device.type == "mps" else torch.float64
+    difference = torch.linalg.vector_norm(x1.to(wide) - x2.to(wide))
+    return float(difference / torch.linalg.vector_norm(x1.to(wide)).clamp_min(torch.finfo(wide).tiny))
 
 
 def _expected(peaks: dict[int, float], first: int) -> float:
@@ -428,7 +463,7 @@ def _difference_message(tape: Tape, layer: int, cause: str) -> str:
 
 def _reconstruction_message(tape: Tape, x1: Tensor, x2: Tensor) -> str:
     differing = int((x1 != x2).sum())
-    largest = float((tape.arithmetic.decode(x1, torch.float64) - tape.arithmetic.decode(x2, torch.float64)).abs().max())
+    largest = float(tape.arithmetic.decode(x1.long() - x2.long(), torch.float32).abs().max())
     return (
         f"The rebuilt input of {tape.name} is not the original: {differing} of {x1.numel()} elements differ, by up to "
         f"{largest:.3g}. A layer returned other values in the recomputation than in the forward pass; the likely cause "

@@ -30,6 +30,7 @@ from typing import Any
 
 from meft.engine.arithmetic import MAX_FRACTION_BITS, MIN_FRACTION_BITS
 from meft.engine.couplings import COUPLINGS, GRANULARITIES, SAVED_BEFORE, SIGNS, own_settings
+from meft.engine.kernels.choice import KERNELS
 
 from .places import INIT_STD, PLACES
 from .values import Checked, Choice, Flag, Integer, Kind, Names, Number, OutputRule, Text
@@ -307,6 +308,17 @@ OPTIONS: tuple[Option, ...] = (
         "arithmetic",
         words=MappingProxyType({"auto": "they follow the hidden state that enters"}),
         before=lambda coupling: 16,
+        methods=COUPLINGS,
+    ),
+    Option(
+        "kernels",
+        Choice(KERNELS[1:]),
+        "auto",
+        "What couples streams: fused Triton kernels, or plain tensor code; both give the same bits.",
+        "arithmetic",
+        words=MappingProxyType(
+            {"auto": "the kernels on devices that Triton is installed for, and tensor code elsewhere"}
+        ),
         methods=COUPLINGS,
     ),
     Option(
