@@ -60,7 +60,7 @@ def estimate(
         model: A name on the hub, a folder, a `config.json`, or a configuration of Transformers.
         method: A way to train (`meft.methods.registry.WAYS`): "full", "lora", "momentum", ..., on a reversible backbone
             "lora+momentum", with gradient checkpointing "lora+checkpointing", with what is saved for the backward pass
-            on the host "lora+offload" (`torch.autograd.graph.save_on_cpu`; the host's memory is not counted).
+            on the host "lora+offload" (`torch.autograd.graph.save_on_cpu`).
         batch_size: Rows of a batch.
         seq_len: Tokens of a row; of no meaning for models of images.
         dtype: Of the weights: float32, bfloat16, float16 or float64.

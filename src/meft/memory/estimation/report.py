@@ -48,6 +48,7 @@ class MemoryEstimate:
         total_bytes: The most that a whole step with the optimizer needs, with weights and optimizer state.
         total_causes: The same by cause.
         code: The lines of Python that train in this way.
+        host_peak_bytes: The most that lies on the host at once for the step (residues="host", "lora+offload").
         limited: With a budget: that more would fit than the model has positions for, or than is looked for.
     """
 
@@ -71,6 +72,7 @@ class MemoryEstimate:
     total_bytes: int
     total_causes: dict[str, int]
     code: str
+    host_peak_bytes: int = 0
     limited: bool = False
 
     @property
@@ -96,6 +98,8 @@ class MemoryEstimate:
                 table.add_row(cause, format_bytes(whole), format_bytes(activations) if activations else "")
         table.add_section()
         table.add_row("sum", format_bytes(self.total_bytes), format_bytes(self.activation_peak_bytes))
+        if self.host_peak_bytes:
+            table.add_row("on the host besides", format_bytes(self.host_peak_bytes), format_bytes(self.host_peak_bytes))
         return table
 
     def __rich__(self) -> Group:
