@@ -31,6 +31,23 @@ class BudgetError(ConfigError):
 
 
 @dataclass(frozen=True)
+class Tried:
+    """One setting that was tried.
+
+    Attributes:
+        method: the way to train.
+        options: its options, but for those that every setting had.
+        total_bytes: what a whole step needs.
+        fits: whether that is within the budget.
+    """
+
+    method: str
+    options: dict[str, Any]
+    total_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """What `estimate` predicts for one way to train one model; every figure is in bytes.
 
@@ -49,6 +66,7 @@ class MemoryEstimate:
         total_causes: The same by cause.
         code: The lines of Python that train in this way.
         host_peak_bytes: The most that lies on the host at once for the step (residues="host", "lora+offload").
+        tried: With longest="setting", everything that was tried, in the order of trying.
         limited: With a budget: that more would fit than the model has positions for, or than is looked for.
     """
 
@@ -74,6 +92,7 @@ class MemoryEstimate:
     code: str
     host_peak_bytes: int = 0
     limited: bool = False
+    tried: tuple[Tried, ...] = ()
 
     @property
     def shape(self) -> str:
