@@ -399,6 +399,7 @@ class ReversibleStack:
             hidden,
             drift_tolerance=self.plan.drift_tolerance,
             anchor_every=self.plan.anchor_every,
+            residues=self.plan.residues,
             name=self.name,
             training=torch.is_grad_enabled() and self.in_training(),
             first=self.plan.frozen_layers,

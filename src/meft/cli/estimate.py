@@ -52,7 +52,10 @@ class EstimateArguments:
     padded: bool = option("Batches have padding.", False)
     autocast: str | None = option("Mixed precision to this dtype.")
     budget: str | None = option("24GiB, say: find the largest that fits.")
-    longest: str = option("What to find: batch or sequence.", "batch")
+    longest: str | None = option(
+        "With a budget, what to find: the largest batch, the longest sequence, or the fastest setting. Left out: the "
+        "fastest setting of LoRA; the largest batch of each method that is named."
+    )
     revision: str | None = option("Of the model on the hub.")
     trust_remote_code: bool = option("Run the model's own code.", False)
     json: str | None = option("Write everything that was found to this file.")
@@ -60,7 +63,14 @@ class EstimateArguments:
     def methods(self) -> list[str]:
         """The ways to train, however they are separated."""
         names = [name for words in self.method for name in words.replace(",", " ").split()]
+        if names == [ALL] and self.budget is not None and self.finds == "setting":
+            return ["lora"]
         return list(COMPARED) if names == [ALL] else names
+
+    @property
+    def finds(self) -> str:
+        """What is looked for in a budget."""
+        return self.longest or ("setting" if self.method == [ALL] else "batch")
 
 
 def estimate_command(arguments: EstimateArguments, method_options: OptionArguments, *, command: str) -> int:
@@ -79,8 +89,8 @@ def estimate_command(arguments: EstimateArguments, method_options: OptionArgumen
     """
     shared = asdict(arguments)
     names, options = arguments.methods(), method_options.given()
-    model, budget, longest, json = (shared.pop(name) for name in ("model", "budget", "longest", "json"))
-    del shared["method"]
+    model, budget, json, longest = *(shared.pop(name) for name in ("model", "budget", "json")), arguments.finds
+    del shared["method"], shared["longest"]
     if not names:
         raise ConfigError(
             f"method is {' '.join(arguments.method)!r}; give {ALL}, or one or more of {', '.join(COMPARED)}."
@@ -129,6 +139,8 @@ def _show(
     if len(names) == 1:
         if budget is not None:
             console.print(_answer(found[0], budget, longest), highlight=False, soft_wrap=True)
+        if found[0].tried:
+            console.print(_settings(found[0]))
         console.print(found[0].table())
         console.print(found[0].code, highlight=False, markup=False, soft_wrap=True)
         return
@@ -145,10 +157,28 @@ def _show(
 
 
 def _answer(report: MemoryEstimate, budget: str, longest: str) -> str:
+    if longest == "setting":
+        best = next(each for each in reversed(report.tried) if each.fits)
+        options = "".join(f", {name} {value}" for name, value in best.options.items())
+        return f"In {budget}, {report.shape}: the fastest setting that fits is {best.method}{options}."
     if longest == "batch":
         return f"In {budget}, {report.method} fits {report.shape}."
     more = "; the model has no more positions" if report.limited else ""
     return f"In {budget}, {report.method} fits {report.seq_len} tokens a row, in a batch of {report.batch_size}{more}."
+
+
+def _settings(report: MemoryEstimate) -> Table:
+    """What was tried, from the fastest on."""
+    table = Table(title="Tried, the fastest first", title_justify="left")
+    for heading in ("setting", "a whole step needs", "fits"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    # With fewer cached layers more is run twice.
+    cached = [each.options.get("cached_layers", 0) for each in report.tried]
+    order = sorted(range(len(cached)), key=lambda place: (report.tried[place].method != report.tried[0].method, -cached[place]))
+    for each in (report.tried[place] for place in order):
+        options = "".join(f", {name} {value}" for name, value in each.options.items())
+        table.add_row(each.method + options, format_bytes(each.total_bytes), "yes" if each.fits else "no")
+    return table
 
 
 def _comparison(

@@ -248,8 +248,11 @@ class _ReversibleStep(torch.autograd.Function):
             streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further, sums)
         if fused:
             ctx.checksum = tape.checksum(before, sums)
+        if tape.host is None:
+            tell_residues(residues)
+        else:
+            residues = list(tape.host.put(below + 1, residues))
         ctx.save_for_backward(*anchor, *residues)
-        tell_residues(residues)
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.layer, ctx.level = tape, layer, below + 1
         ctx.versions = [version_of(tensor) for tensor in (*layer.outside, *layer.parameters)]
@@ -267,6 +270,9 @@ class _ReversibleStep(torch.autograd.Function):
         # Asked for once: checkpointing around the stack gives them a single time.
         saved = ctx.saved_tensors
         anchor, residues = saved[: 2 * anchored], saved[2 * anchored :]
+        if tape.host is not None:
+            residues = tape.host.take(ctx.level, residues)
+            tell_residues(residues)
         streams, gradients = tape.take_outputs(ctx.level), (gradient1, gradient2)
         if ctx.last:
             streams, gradients = tape.coupling.switched(streams), tape.coupling.switched(gradients)

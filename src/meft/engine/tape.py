@@ -16,6 +16,7 @@ from meft.errors import ConsumedTapeError, DriftWarning, ReconstructionError, St
 
 from .arithmetic import Arithmetic, norm
 from .couplings import Coupling, Streams
+from .host import HostStore
 from .replay import on_fake_tensors
 
 Handles = tuple[Tensor, Tensor]
@@ -89,6 +90,7 @@ class Tape:
         drift_tolerance: largest relative deviation of rebuilt streams, where they may deviate, before a warning.
         anchor_every: keep the streams below every so many layers and restart the reconstruction there, for kernels
             that are not deterministic; None for never.
+        residues: where they wait for the backward pass, "device" or "host".
         name: what error messages call the stack.
         training: whether streams are to be as small as they can, and one that overflows on a grid of the user's own is
             an error at once.
@@ -103,6 +105,7 @@ class Tape:
         *,
         drift_tolerance: float = 1e-2,
         anchor_every: int | None = None,
+        residues: str = "device",
         name: str = "the stack",
         training: bool = True,
         first: int = 0,
@@ -131,6 +134,7 @@ class Tape:
         self.visible: Tensor | None = None
         self.show(hidden)
         self._shared = self.observer is not None or anchor_every is not None
+        self.host = HostStore(hidden.device) if residues == "host" else None
         # Whether somebody else drew random numbers while a layer did.
         self.disturbed = False
         self.offered: dict[int, Streams] = {}

@@ -357,6 +357,15 @@ OPTIONS: tuple[Option, ...] = (
         methods=COUPLINGS,
     ),
     Option(
+        "residues",
+        Choice(("device", "host")),
+        "device",
+        "Where what reversible layers keep to undo their divisions waits for the backward pass: on the device, or on the "
+        "host, from where it is copied back ahead of its use.",
+        "plan",
+        methods=COUPLINGS,
+    ),
+    Option(
         "stacks",
         Names("a list of the stacks' names"),
         None,

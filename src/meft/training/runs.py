@@ -68,7 +68,7 @@ _WITHOUT_EFFECT = {
 # These do not change what was learnt so far, so that a run may go on with others, and says so: what errors advise when
 # memory or the range of the streams does not suffice, and how often is saved and evaluated.
 _GONE_ON_WITH = {
-    *("fraction_bits", "arithmetic", "drift_tolerance", "anchor_every"),
+    *("fraction_bits", "arithmetic", "drift_tolerance", "anchor_every", "residues"),
     *("backward", "cached_layers", "tile_size", "fused_loss", "gradient_checkpointing"),
     *("gradient_checkpointing_kwargs", "activation_checkpointing", "torch_empty_cache_steps"),
     *("per_device_eval_batch_size", "eval_accumulation_steps"),

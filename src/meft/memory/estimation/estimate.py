@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from meft.options import check_choice, check_integer
 
 from .blueprint import read_blueprint
 from .estimator import Estimator
+from .fitting import fastest_setting
 from .report import MemoryEstimate
 from .sizes import parse_size
 
 DEVICES = ("cpu", "cuda")
-LONGEST = ("batch", "sequence")
+LONGEST = ("batch", "sequence", "setting")
 
 
 def estimate(
@@ -34,7 +36,7 @@ def estimate(
     padded: bool = False,
     autocast: str | torch.dtype | None = None,
     budget: str | int | None = None,
-    longest: Literal["batch", "sequence"] = "batch",
+    longest: Literal["batch", "sequence", "setting"] = "batch",
     progress: Callable[[str], None] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -60,7 +62,7 @@ def estimate(
         model: A name on the hub, a folder, a `config.json`, or a configuration of Transformers.
         method: A way to train (`meft.methods.registry.WAYS`): "full", "lora", "momentum", ..., on a reversible backbone
             "lora+momentum", with gradient checkpointing "lora+checkpointing", with what is saved for the backward pass
-            on the host "lora+offload" (`torch.autograd.graph.save_on_cpu`; the host's memory is not counted).
+            on the host "lora+offload" (`torch.autograd.graph.save_on_cpu`).
         batch_size: Rows of a batch.
         seq_len: Tokens of a row; of no meaning for models of images.
         dtype: Of the weights: float32, bfloat16, float16 or float64.
@@ -74,7 +76,9 @@ def estimate(
         autocast: Mixed precision to this dtype.
         budget: Bytes or a size ("24GiB"): the answer is for the largest batch, or the longest sequence, whose
             `total_bytes` fit.
-        longest: With a budget, what to enlarge: "batch" (`seq_len` stays) or "sequence" (`batch_size` stays).
+        longest: With a budget, what to enlarge: "batch" (`seq_len` stays) or "sequence" (`batch_size` stays). With
+            "setting" both stay, and the answer is the fastest setting that fits: the method as it is, then on a
+            reversible backbone with as many `cached_layers` as fit, then with less memory a layer (`gamma`, `residues`).
         progress: Called with a description before every step that is run.
         revision: Of the model on the hub.
         trust_remote_code: Whether to run code that comes with the model.
@@ -105,7 +109,13 @@ def estimate(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    estimator = Estimator(blueprint, method, where, optimizer, autocast, options, progress)
+    def make(way: str, of_way: Mapping[str, Any]) -> Estimator:
+        return Estimator(blueprint, way, where, optimizer, autocast, of_way, progress)
+
+    if budget is not None and longest == "setting":
+        report, tried = fastest_setting(make, method, options, parse_size(budget), batch_size, seq_len)
+        return replace(report, tried=tuple(tried))
+    estimator = make(method, options)
     if budget is None:
         return estimator.at(batch_size, seq_len)
     return estimator.within(parse_size(budget), longest, batch_size, seq_len)

@@ -94,6 +94,7 @@ class Estimator:
             total_bytes=sum(total.values()),
             total_causes=total,
             code=self.way.code(self.blueprint.task_type),
+            host_peak_bytes=step.host,
             limited=limited,
         )
 

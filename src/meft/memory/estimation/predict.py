@@ -40,10 +40,14 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StepPeak:
-    """Bytes above the start of a forward and backward pass, by cause: at the peak, and at that of the activations."""
+    """Bytes above the start of a forward and backward pass, by cause: at the peak, and at that of the activations.
+
+    On the host, where causes are not told apart, the most that lay there at once.
+    """
 
     peak: Causes
     activations: Causes
+    host: int
 
 
 class Predictor:
@@ -111,7 +115,11 @@ class Predictor:
                     found[cause] += steps * (value - start[cause])
             return found
 
-        return {key: StepPeak(extended(key, "peak"), extended(key, "activations")) for key in base}
+        def on_host(key: Key) -> int:
+            start = base[key].host
+            return start + sum((depths[s] - self._shallow[s]) * (run[key].host - start) for s, run in deeper)
+
+        return {key: StepPeak(extended(key, "peak"), extended(key, "activations"), on_host(key)) for key in base}
 
     def _phases(self, depths: tuple[int, ...], batch_size: int, seq_len: int) -> dict[Key, StepPeak]:
         """Runs a step with so many layers in each stack and returns the peak of every phase."""
@@ -146,7 +154,7 @@ class Predictor:
         for found in attribution.phase_peaks():
             own = self._key(found.phase, depths)
             key = own if found.phase.layer else (*own, *before)
-            keyed.append((StepPeak(found.peak, found.activations), key))
+            keyed.append((StepPeak(found.peak, found.activations, found.host), key))
             before = own
         return keyed
 
@@ -205,7 +213,11 @@ def _largest(phases: Mapping[Key, StepPeak]) -> StepPeak:
         return lambda found: sum(getattr(found, kind).values())
 
     values = list(phases.values())
-    return StepPeak(max(values, key=total("peak")).peak, max(values, key=total("activations")).activations)
+    return StepPeak(
+        max(values, key=total("peak")).peak,
+        max(values, key=total("activations")).activations,
+        max(found.host for found in values),
+    )
 
 
 def optimizer_bytes(

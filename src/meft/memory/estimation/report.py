@@ -31,6 +31,23 @@ class BudgetError(ConfigError):
 
 
 @dataclass(frozen=True)
+class Tried:
+    """One setting that was tried.
+
+    Attributes:
+        method: the way to train.
+        options: its options, but for those that every setting had.
+        total_bytes: what a whole step needs.
+        fits: whether that is within the budget.
+    """
+
+    method: str
+    options: dict[str, Any]
+    total_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """What `estimate` predicts for one way to train one model; every figure is in bytes.
 
@@ -48,6 +65,8 @@ class MemoryEstimate:
         total_bytes: The most that a whole step with the optimizer needs, with weights and optimizer state.
         total_causes: The same by cause.
         code: The lines of Python that train in this way.
+        host_peak_bytes: The most that lies on the host at once for the step (residues="host", "lora+offload").
+        tried: With longest="setting", everything that was tried, in the order of trying.
         limited: With a budget: that more would fit than the model has positions for, or than is looked for.
     """
 
@@ -71,7 +90,9 @@ class MemoryEstimate:
     total_bytes: int
     total_causes: dict[str, int]
     code: str
+    host_peak_bytes: int = 0
     limited: bool = False
+    tried: tuple[Tried, ...] = ()
 
     @property
     def shape(self) -> str:
@@ -96,6 +117,8 @@ class MemoryEstimate:
                 table.add_row(cause, format_bytes(whole), format_bytes(activations) if activations else "")
         table.add_section()
         table.add_row("sum", format_bytes(self.total_bytes), format_bytes(self.activation_peak_bytes))
+        if self.host_peak_bytes:
+            table.add_row("on the host besides", format_bytes(self.host_peak_bytes), format_bytes(self.host_peak_bytes))
         return table
 
     def __rich__(self) -> Group:

@@ -69,11 +69,13 @@ class PhasePeak:
         phase: the phase.
         peak: the largest number of bytes, put down to causes.
         activations: the same without gradients of parameters and optimizer state, at the moment of their own peak.
+        host: the largest number of bytes on the host.
     """
 
     phase: Phase
     peak: dict[str, int]
     activations: dict[str, int]
+    host: int
 
 
 class Attribution:
@@ -92,7 +94,9 @@ class Attribution:
         self.length = timeline.length
         self._begins = [phase.begin for phase in self.phases]
         hosted = _spans(timeline, HOST, HOST_END)
-        self.blocks = [block for block in timeline.blocks if not _within(hosted, block.born)]
+        self.blocks, self.host_blocks = [], []
+        for block in timeline.blocks:
+            (self.host_blocks if _within(hosted, block.born) else self.blocks).append(block)
         self._apart = dict.fromkeys(self._marked(timeline, GRADIENT), GRADIENTS)
         for block in self.blocks:
             if block.died is None and (block.address in gradients or block.address in state):
@@ -108,6 +112,10 @@ class Attribution:
         """The same with gradients of parameters and optimizer state left out of the sum."""
         return self._causes(self.activation_blocks, peak_between(self.activation_blocks, 0, None)[1])
 
+    def host_peak(self) -> int:
+        """The most bytes that were live on the host at once."""
+        return peak_between(self.host_blocks, 0, None)[0]
+
     def phase_peaks(self) -> list[PhasePeak]:
         """The peak of every phase, in the order of the phases."""
         ends: list[int | None] = [*self._begins[1:], None]
@@ -116,6 +124,7 @@ class Attribution:
                 phase,
                 self._causes(self.blocks, peak_between(self.blocks, phase.begin, end)[1]),
                 self._causes(self.activation_blocks, peak_between(self.activation_blocks, phase.begin, end)[1]),
+                peak_between(self.host_blocks, phase.begin, end)[0],
             )
             for phase, end in zip(self.phases, ends, strict=True)
         ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from meft.backbone.conversion import find_stacks
 from meft.backbone.layers import ReversibleLayer
+from meft.engine.host import host_memory_within
 from meft.engine.tape import residues_told_to
 from meft.errors import UnsupportedModelError
 
@@ -69,6 +70,7 @@ def watched(
             stack.callback(optimizer.register_step_pre_hook(lambda *_: mark(OPTIMIZER)).remove)
             stack.callback(optimizer.register_step_post_hook(lambda *_: mark(OPTIMIZER_END)).remove)
         stack.enter_context(residues_told_to(_mark_residues))
+        stack.enter_context(host_memory_within(on_host))
         yield
 
 

@@ -37,6 +37,8 @@ class MemoryReport:
         optimizer_bytes: What of it is state of the optimizer that was given to `measure` (0 if none was).
         causes: `peak_bytes` by cause, which `meft.memory.measurement.causes.CAUSES` lists and explains.
         activation_causes: The same of `activation_peak_bytes`.
+        host_peak_bytes: The most that lay on the host at once for the step (residues="host"), beside all that is counted
+            above. None on CUDA, where memory of the host is not recorded.
         result: What the step returned.
 
     Printed with rich, it is a table by cause.
@@ -50,6 +52,7 @@ class MemoryReport:
     optimizer_bytes: int
     causes: dict[str, int]
     activation_causes: dict[str, int]
+    host_peak_bytes: int | None = None
     result: Any = field(repr=False, default=None)
 
     def __rich__(self) -> Table:
@@ -63,6 +66,8 @@ class MemoryReport:
                 table.add_row(cause, *(format_bytes(size) if size else "" for size in sizes))
         table.add_section()
         table.add_row("sum", format_bytes(self.peak_bytes), format_bytes(self.activation_peak_bytes))
+        if self.host_peak_bytes:
+            table.add_row("on the host besides", format_bytes(self.host_peak_bytes), format_bytes(self.host_peak_bytes))
         return table
 
 
@@ -162,6 +167,7 @@ def _measure_cpu(
         activation_peak_bytes=sum(activation_causes.values()),
         causes=causes,
         activation_causes=activation_causes,
+        host_peak_bytes=found.host_peak(),
         retained_bytes=sum(sizes.values()),
         gradient_bytes=sum(sizes[address] for address in gradients),
         optimizer_bytes=sum(sizes[address] for address in state),

@@ -1,0 +1,109 @@
+"""The fastest way to train that fits into a budget, at a batch that is given.
+
+Settings are tried from the fastest down: all activations kept; a reversible backbone whose highest layers keep theirs
+(as many as fit, since a layer that keeps its activations is not run again); then what takes less memory for less speed
+or a coupling further from the plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from meft.methods.registry import own_options, read_way
+from meft.storage.results import format_bytes
+
+from .estimator import Estimator
+from .report import BudgetError, MemoryEstimate, Tried
+
+# A quarter keeps two bits of an element; the defaults keep five to eight, for a start nearer to the plain model.
+_FEWEST_BITS = 0.25
+
+
+def fastest_setting(
+    make: Callable[[str, Mapping[str, Any]], Estimator],
+    method: str,
+    options: Mapping[str, Any],
+    budget: int,
+    batch_size: int,
+    seq_len: int,
+) -> tuple[MemoryEstimate, list[Tried]]:
+    """Finds the fastest setting that fits.
+
+    Args:
+        make: makes the estimator of a way to train with options.
+        method: the way; without a coupling of its own ("lora"), it is tried as it is and on `momentum`.
+        options: that every setting has. One that is tried (cached_layers, residues, gamma) stays as it is given.
+        budget: bytes.
+        batch_size: rows.
+        seq_len: tokens of a row.
+
+    Returns:
+        The estimate, and everything that was tried in the order of trying.
+
+    Raises:
+        BudgetError: no setting fits.
+    """
+    tried: list[Tried] = []
+
+    def attempt(name: str, more: Mapping[str, Any]) -> MemoryEstimate | None:
+        report = make(name, {**own_options(name, options), **more}).at(batch_size, seq_len)
+        tried.append(Tried(name, dict(more), report.total_bytes, report.total_bytes <= budget))
+        return report if tried[-1].fits else None
+
+    way = read_way(method)
+    if not way.coupled:
+        found = attempt(method, {})
+        if found is not None:
+            return found, tried
+        method = f"{way.method.name}+momentum"
+    for more in _ladder(method, options):
+        found = attempt(method, more)
+        if found is not None:
+            best = _most_cached(make, attempt, method, options, more, batch_size, seq_len)
+            return best or found, tried
+    least = min(tried, key=lambda setting: setting.total_bytes)
+    raise BudgetError(
+        f"budget is {format_bytes(budget)}, in which no setting fits {batch_size} x {seq_len} tokens: {least.method}"
+        f"{_written(least.options)} needs {format_bytes(least.total_bytes)}. Give a larger budget or a smaller "
+        'batch_size or seq_len; longest="sequence" finds how long a sequence fits.',
+        least.total_bytes,
+    )
+
+
+def _ladder(method: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Settings of a reversible way that take less and less memory."""
+    rungs: list[dict[str, Any]] = [{}]
+    if "residues" not in options:
+        rungs.append({"residues": "host"})
+    if "gamma" not in options and read_way(method).takes("gamma"):
+        rungs.insert(1, {"gamma": _FEWEST_BITS})
+    return rungs
+
+
+def _most_cached(
+    make: Callable[[str, Mapping[str, Any]], Estimator],
+    attempt: Callable[[str, Mapping[str, Any]], MemoryEstimate | None],
+    method: str,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+    batch_size: int,
+    seq_len: int,
+) -> MemoryEstimate | None:
+    """The estimate with as many cached layers as fit, by halving; None if none fits."""
+    if "cached_layers" in options:
+        return None
+    best = None
+    low, high = 0, max(make(method, {**options, **more}).predictor.depths)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = attempt(method, {**more, "cached_layers": middle})
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return best
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options.items())
