@@ -106,7 +106,7 @@ def test_copies_are_under_way_before_they_are_asked_for_and_run_beside_the_compu
             return self.now
 
         @contextmanager
-        def stream(self, other: Stream):  # noqa: ANN202
+        def stream(self, other: Stream):
             before, self.now = self.now, other
             yield
             self.now = before
@@ -134,5 +134,5 @@ def test_copies_are_under_way_before_they_are_asked_for_and_run_beside_the_compu
 
 
 def test_what_is_no_place_is_refused() -> None:
-    with pytest.raises(ConfigError, match="residues='disk'.*'device'.*'host'"):
+    with pytest.raises(ConfigError, match=r"residues='disk'.*'device'.*'host'"):
         model(2, residues="disk")

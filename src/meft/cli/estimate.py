@@ -68,7 +68,7 @@ class EstimateArguments:
         return list(COMPARED) if names == [ALL] else names
 
     @property
-    def finds(self) -> str:
+    def finds(self) -> Any:
         """What is looked for in a budget."""
         return self.longest or ("setting" if self.method == [ALL] else "batch")
 
@@ -174,7 +174,9 @@ def _settings(report: MemoryEstimate) -> Table:
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     # With fewer cached layers more is run twice.
     cached = [each.options.get("cached_layers", 0) for each in report.tried]
-    order = sorted(range(len(cached)), key=lambda place: (report.tried[place].method != report.tried[0].method, -cached[place]))
+    order = sorted(
+        range(len(cached)), key=lambda place: (report.tried[place].method != report.tried[0].method, -cached[place])
+    )
     for each in (report.tried[place] for place in order):
         options = "".join(f", {name} {value}" for name, value in each.options.items())
         table.add_row(each.method + options, format_bytes(each.total_bytes), "yes" if each.fits else "no")

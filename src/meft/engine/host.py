@@ -49,7 +49,7 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._parcels: list[_Parcel] = []
-        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._stream: Any = None
         if self._module is not None and hasattr(self._module, "Stream") and hasattr(self._module, "stream"):
             self._stream = self._module.Stream(device)
@@ -100,9 +100,7 @@ class HostStore:
 
     def _fetched(self, parcel: _Parcel) -> tuple[Tensor, ...]:
         with self._beside():
-            return tuple(
-                host.to(self.device, non_blocking=self._pinned, copy=True) for host in parcel.hosts
-            )
+            return tuple(host.to(self.device, non_blocking=self._pinned, copy=True) for host in parcel.hosts)
 
     def _beside(self) -> AbstractContextManager[None]:
         return nullcontext() if self._stream is None else self._module.stream(self._stream)

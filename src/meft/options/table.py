@@ -360,8 +360,8 @@ OPTIONS: tuple[Option, ...] = (
         "residues",
         Choice(("device", "host")),
         "device",
-        "Where what reversible layers keep to undo their divisions waits for the backward pass: on the device, or on the "
-        "host, from where it is copied back ahead of its use.",
+        "Where what reversible layers keep to undo their divisions waits for the backward pass: on the device, or on "
+        "the host, from where it is copied back ahead of its use.",
         "plan",
         methods=COUPLINGS,
     ),

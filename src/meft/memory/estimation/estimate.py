@@ -78,7 +78,8 @@ def estimate(
             `total_bytes` fit.
         longest: With a budget, what to enlarge: "batch" (`seq_len` stays) or "sequence" (`batch_size` stays). With
             "setting" both stay, and the answer is the fastest setting that fits: the method as it is, then on a
-            reversible backbone with as many `cached_layers` as fit, then with less memory a layer (`gamma`, `residues`).
+            reversible backbone with as many `cached_layers` as fit, then with less memory a layer (`gamma`,
+            `residues`).
         progress: Called with a description before every step that is run.
         revision: Of the model on the hub.
         trust_remote_code: Whether to run code that comes with the model.
@@ -109,6 +110,7 @@ def estimate(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+
     def make(way: str, of_way: Mapping[str, Any]) -> Estimator:
         return Estimator(blueprint, way, where, optimizer, autocast, of_way, progress)
 

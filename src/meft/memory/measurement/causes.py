@@ -94,7 +94,8 @@ class Attribution:
         self.length = timeline.length
         self._begins = [phase.begin for phase in self.phases]
         hosted = _spans(timeline, HOST, HOST_END)
-        self.blocks, self.host_blocks = [], []
+        self.blocks: list[Allocation] = []
+        self.host_blocks: list[Allocation] = []
         for block in timeline.blocks:
             (self.host_blocks if _within(hosted, block.born) else self.blocks).append(block)
         self._apart = dict.fromkeys(self._marked(timeline, GRADIENT), GRADIENTS)

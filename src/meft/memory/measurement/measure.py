@@ -37,8 +37,8 @@ class MemoryReport:
         optimizer_bytes: What of it is state of the optimizer that was given to `measure` (0 if none was).
         causes: `peak_bytes` by cause, which `meft.memory.measurement.causes.CAUSES` lists and explains.
         activation_causes: The same of `activation_peak_bytes`.
-        host_peak_bytes: The most that lay on the host at once for the step (residues="host"), beside all that is counted
-            above. None on CUDA, where memory of the host is not recorded.
+        host_peak_bytes: The most that lay on the host at once for the step (residues="host"), beside all that is
+            counted above. None on CUDA, where memory of the host is not recorded.
         result: What the step returned.
 
     Printed with rich, it is a table by cause.
