@@ -347,7 +347,12 @@ def test_a_folder_of_the_first_version(coupling: str, meant: dict[str, Any], tmp
     get_peft_model(base, meft.MeftConfig(task_type="SEQ_CLS", coupling=coupling)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     new = json.loads(path.read_text()).keys() - _SAVED.keys()
-    assert new == {"compensated", "kernels", *(name for name in options_of(CONFIG) if name.startswith("adapter_"))}
+    assert new == {
+        "compensated",
+        "kernels",
+        "residues",
+        *(name for name in options_of(CONFIG) if name.startswith("adapter_")),
+    }
     path.write_text(json.dumps({**_SAVED, "coupling": coupling}))
     config = PeftModel.from_pretrained(models.build("bert", layers=2), tmp_path).peft_config["default"]
     assert {name: getattr(config, name) for name in meant} == meant
