@@ -93,7 +93,7 @@ def test_options_go_to_the_method_or_to_the_coupling_under_it() -> None:
             r"lam is 0\.1, but method 'lora\+momentum' has no such option; it belongs to ",
         ),
         ("lora+meft1", {"gamma": 0.25}, r"method 'lora\+meft1' has no such .*, or lora\+momentum\."),
-        ("lora+meft1", {"tile_size": 8}, r"method 'lora\+meft1' has no such option; it belongs to meft3, momentum\."),
+        ("lora+meft1", {"granularity": "block"}, r"method 'lora\+meft1' has no such option; it belongs to momentum"),
         (
             "lora+momentum",
             {"adapter_norm": True},

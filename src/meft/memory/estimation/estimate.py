@@ -78,8 +78,8 @@ def estimate(
             `total_bytes` fit.
         longest: With a budget, what to enlarge: "batch" (`seq_len` stays) or "sequence" (`batch_size` stays). With
             "setting" both stay, and the answer is the fastest setting that fits: the method as it is, then on a
-            reversible backbone with as many `cached_layers` as fit, then with less memory a layer (`gamma`,
-            `residues`).
+            reversible backbone with as many `cached_layers` as fit, then with residues on the host (on a CPU, which
+            has none beside it, with gamma 1/4).
         progress: Called with a description before every step that is run.
         revision: Of the model on the hub.
         trust_remote_code: Whether to run code that comes with the model.
@@ -115,7 +115,7 @@ def estimate(
         return Estimator(blueprint, way, where, optimizer, autocast, of_way, progress)
 
     if budget is not None and longest == "setting":
-        report, tried = fastest_setting(make, method, options, parse_size(budget), batch_size, seq_len)
+        report, tried = fastest_setting(make, method, options, parse_size(budget), where, batch_size, seq_len)
         return replace(report, tried=tuple(tried))
     estimator = make(method, options)
     if budget is None:

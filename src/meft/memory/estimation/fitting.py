@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from meft.methods.registry import own_options, read_way
+from meft.methods.registry import WAYS, own_options, read_way
 from meft.storage.results import format_bytes
 
 from .estimator import Estimator
@@ -25,6 +25,7 @@ def fastest_setting(
     method: str,
     options: Mapping[str, Any],
     budget: int,
+    device: str,
     batch_size: int,
     seq_len: int,
 ) -> tuple[MemoryEstimate, list[Tried]]:
@@ -35,6 +36,7 @@ def fastest_setting(
         method: the way; without a coupling of its own ("lora"), it is tried as it is and on `momentum`.
         options: that every setting has. One that is tried (cached_layers, residues, gamma) stays as it is given.
         budget: bytes.
+        device: "cpu" or "cuda".
         batch_size: rows.
         seq_len: tokens of a row.
 
@@ -57,7 +59,7 @@ def fastest_setting(
         if found is not None:
             return found, tried
         method = f"{way.method.name}+momentum"
-    for more in _ladder(method, options):
+    for more in _ladder(method, options, device) if method in WAYS else ():
         found = attempt(method, more)
         if found is not None:
             best = _most_cached(make, attempt, method, options, more, batch_size, seq_len)
@@ -71,13 +73,17 @@ def fastest_setting(
     )
 
 
-def _ladder(method: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings of a reversible way that take less and less memory."""
+def _ladder(method: str, options: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
+    """Settings of a reversible way that take less and less memory.
+
+    On the host residues change nothing that is learnt; fewer bits of them do, and are left for where there is no host
+    beside the device.
+    """
     rungs: list[dict[str, Any]] = [{}]
-    if "residues" not in options:
+    if device != "cpu" and "residues" not in options:
         rungs.append({"residues": "host"})
-    if "gamma" not in options and read_way(method).takes("gamma"):
-        rungs.insert(1, {"gamma": _FEWEST_BITS})
+    if device == "cpu" and "gamma" not in options and read_way(method).takes("gamma"):
+        rungs.append({"gamma": _FEWEST_BITS})
     return rungs
 
 
