@@ -116,7 +116,7 @@ def estimate(
 
     if budget is not None and longest == "setting":
         report, tried = fastest_setting(make, method, options, parse_size(budget), where, batch_size, seq_len)
-        return replace(report, tried=tuple(tried))
+        return replace(report, tried=tried)
     estimator = make(method, options)
     if budget is None:
         return estimator.at(batch_size, seq_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group
@@ -92,7 +92,7 @@ class MemoryEstimate:
     code: str
     host_peak_bytes: int = 0
     limited: bool = False
-    tried: tuple[Tried, ...] = ()
+    tried: list[Tried] = field(default_factory=list)
 
     @property
     def shape(self) -> str:
