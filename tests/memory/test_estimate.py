@@ -290,7 +290,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "adamx"}, "optimizer is 'adamx'; it must be one of adamw, adam, sgd, sgd+momentum, adafactor,"),
     ({"task_type": "SPEECH"}, "task_type is 'SPEECH'; it must be one of CAUSAL_LM, SEQ_2_SEQ_LM,"),
     ({"device": "tpu"}, "device='tpu' is unknown. Valid: 'cpu', 'cuda'."),
-    ({"longest": "layers"}, "longest='layers' is unknown. Valid: 'batch', 'sequence'."),
+    ({"longest": "layers"}, "longest='layers' is unknown. Valid: 'batch', 'sequence', 'setting'."),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation is 'flash_attention_2'; steps on tensors"),
     (
         {"method": "meft9"},
