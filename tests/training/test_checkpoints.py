@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerState, TrainingArguments
 
 from meft.errors import CheckpointError
-from meft.training.checkpoints import check_checkpoint, newest_complete, write_manifest
+from meft.training.checkpoints import CheckpointingTrainer, check_checkpoint, newest_complete, write_manifest
 from support.tiny import make_model, make_rte, train
 
 
@@ -107,3 +111,75 @@ def test_checkpoints_are_limited_in_number(tmp_path: Path) -> None:
     data = ["--task=rte", f"--data_dir={make_rte(tmp_path / 'RTE')}"]
     train(model, data, tmp_path / "run", *WORDS, *SAVING, "--save_total_limit=2")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.fixture
+def small() -> Callable[[Path, int], CheckpointingTrainer]:
+    """Four steps, each saved and scored; the score of the first step is the best."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.weight - x).square().mean()}
+
+    def make(folder: Path, limit: int) -> CheckpointingTrainer:
+        scores = iter([3.0, 1.0, 2.0, 1.0])
+        rows = [{"x": torch.ones(3)}] * 4
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=4,
+            per_device_train_batch_size=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=limit,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+            remove_unused_columns=False,
+        )
+        return CheckpointingTrainer(
+            Model(), arguments, train_dataset=rows, eval_dataset=rows, scorer=lambda _: {"score": next(scores)}
+        )
+
+    return make
+
+
+def test_the_best_checkpoint_is_not_rotated_away_and_is_what_the_model_ends_as(small, tmp_path: Path) -> None:
+    trainer = small(tmp_path, 2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    best = load_file(tmp_path / "checkpoint-1" / "model.safetensors")["weight"]
+    assert torch.equal(trainer.model.weight.data, best)
+    assert not torch.equal(best, load_file(tmp_path / "checkpoint-4" / "model.safetensors")["weight"])
+
+
+def test_no_checkpoint_goes_before_the_new_one_is_whole(small, tmp_path: Path, monkeypatch) -> None:
+    trainer, before = small(tmp_path, 2), []
+    rmtree = shutil.rmtree
+
+    def removed(path: Path, *rest: object, **more: object) -> None:
+        if Path(path).parent == tmp_path and Path(path).name.startswith("checkpoint-"):
+            newest, damaged = newest_complete(tmp_path)
+            before.append((Path(path).name, newest.name, damaged))  # type: ignore[union-attr]
+        rmtree(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    trainer.train()
+    # The first one is the best, and stays.
+    assert before == [("checkpoint-2", "checkpoint-3", []), ("checkpoint-3", "checkpoint-4", [])]
+
+
+def test_the_state_in_a_checkpoint_names_the_best_where_it_stands(small, tmp_path: Path) -> None:
+    small(tmp_path, 4).train()
+    for step in (1, 2, 3, 4):
+        state = TrainerState.load_from_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+        assert state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
