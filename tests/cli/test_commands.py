@@ -30,6 +30,7 @@ NAMES = (
     "sweep",
     "study",
     "demo",
+    "demo-llm",
     "families",
 )
 
