@@ -3,7 +3,7 @@
     python benchmarks/ten_lines.py DIR
 
 DIR is a folder or a name of SmolLM2-135M-Instruct, or of another causal language model. One training step on the
-README's own first tokens in bfloat16, LoRA on all linear layers; memory is the largest that activations took at once,
+README's own first tokens, LoRA on all linear layers; memory is the largest that activations took at once,
 counted to the byte. Writes ten_lines.json to benchmarks/results and the table into the README, or both to --output.
 """
 
@@ -39,14 +39,18 @@ def main(words: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=1024)
+    # Many processors multiply bfloat16 a hundred times slower.
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args(words)
     found = {
         "model": Path(arguments.model).name,
         "tokens": arguments.tokens,
+        "dtype": arguments.dtype,
         **provenance("python benchmarks/ten_lines.py " + " ".join(words)),
         "bytes": {
-            name: measured(arguments.model, arguments.tokens, way) for name, way in tqdm(WAYS.items(), desc="ways")
+            name: measured(arguments.model, arguments.tokens, getattr(torch, arguments.dtype), way)
+            for name, way in tqdm(WAYS.items(), desc="ways")
         },
     }
     file = (arguments.output or ROOT / "benchmarks" / "results") / f"{NAME}.json"
@@ -56,11 +60,11 @@ def main(words: Sequence[str] | None = None) -> Path:
     return file
 
 
-def measured(folder: str, tokens: int, way: Any) -> int:
+def measured(folder: str, tokens: int, dtype: torch.dtype, way: Any) -> int:
     """Peak bytes of activations in one training step."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = way(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))).train()
     text = (ROOT / "README.md").read_text(encoding="utf-8") * 2
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
@@ -80,7 +84,7 @@ def put_into(page: str, found: Mapping[str, Any]) -> str:
     bytes_of = found["bytes"]
     plain = bytes_of["LoRA"]
     rows = [f"| {name} | {format_bytes(size)} | {size / plain:.1%} |" for name, size in bytes_of.items()]
-    said = f"One step of {found['model']} on {found['tokens']} tokens in bfloat16, peak memory of activations"
+    said = f"One step of {found['model']} on {found['tokens']} tokens in {found['dtype']}, peak memory of activations"
     table = "\n".join(["| | activations | of LoRA |", "|---|---:|---:|", *rows])
     return f"{before}{START}{said} (`{found['command']}`):\n\n{table}\n{END}{after}"
 
