@@ -5,8 +5,9 @@ The rules, which the code below keeps in this order.
 1. A layer is a list of coupling steps (`couplings.Step`). Each adds to one stream a function of the other. The
    functions are the pretrained layer's blocks; the engine calls them as black boxes.
 2. The forward pass of a node computes the new stream and drops everything else: it saves only what the arithmetic
-   needs to undo a division (`residue`, nothing in float arithmetic). The streams themselves are not saved by nodes.
-   They travel on a `tape.Tape`, one for each forward pass through a stack, which holds the newest two and no others.
+   needs to undo a division (`residue`, nothing in float arithmetic), on the device or on the host (`host.HostStore`).
+   The streams themselves are not saved by nodes. They travel on a `tape.Tape`, one for each forward pass through a
+   stack, which holds the newest two and no others.
 3. The backward pass takes a step's outputs from the tape and undoes the step: run the function once more on the stream
    it read, subtract its value to get the stream before, and differentiate the same run. The step's inputs go back on
    the tape for the step below. So each function runs twice in all, once in each direction, and at most one block's
