@@ -89,7 +89,8 @@ def estimate_command(arguments: EstimateArguments, method_options: OptionArgumen
     """
     shared = asdict(arguments)
     names, options = arguments.methods(), method_options.given()
-    model, budget, json, longest = *(shared.pop(name) for name in ("model", "budget", "json")), arguments.finds
+    model, budget, json = (shared.pop(name) for name in ("model", "budget", "json"))
+    longest = arguments.finds
     del shared["method"], shared["longest"]
     if not names:
         raise ConfigError(
@@ -159,8 +160,7 @@ def _show(
 def _answer(report: MemoryEstimate, budget: str, longest: str) -> str:
     if longest == "setting":
         best = next(each for each in reversed(report.tried) if each.fits)
-        options = "".join(f", {name} {value}" for name, value in best.options.items())
-        return f"In {budget}, {report.shape}: the fastest setting that fits is {best.method}{options}."
+        return f"In {budget}, {report.shape}: the fastest setting that fits is {best.name}."
     if longest == "batch":
         return f"In {budget}, {report.method} fits {report.shape}."
     more = "; the model has no more positions" if report.limited else ""
@@ -172,14 +172,10 @@ def _settings(report: MemoryEstimate) -> Table:
     table = Table(title="Tried, the fastest first", title_justify="left")
     for heading in ("setting", "a whole step needs", "fits"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
+    plain = report.tried[0].method
     # With fewer cached layers more is run twice.
-    cached = [each.options.get("cached_layers", 0) for each in report.tried]
-    order = sorted(
-        range(len(cached)), key=lambda place: (report.tried[place].method != report.tried[0].method, -cached[place])
-    )
-    for each in (report.tried[place] for place in order):
-        options = "".join(f", {name} {value}" for name, value in each.options.items())
-        table.add_row(each.method + options, format_bytes(each.total_bytes), "yes" if each.fits else "no")
+    for each in sorted(report.tried, key=lambda each: (each.method != plain, -each.options.get("cached_layers", 0))):
+        table.add_row(each.name, format_bytes(each.total_bytes), "yes" if each.fits else "no")
     return table
 
 

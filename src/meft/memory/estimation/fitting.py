@@ -8,6 +8,7 @@ or a coupling further from the plain model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from meft.methods.registry import WAYS, own_options, read_way
@@ -20,8 +21,12 @@ from .report import BudgetError, MemoryEstimate, Tried
 _FEWEST_BITS = 0.25
 
 
+Make = Callable[[str, Mapping[str, Any]], Estimator]
+"""Makes the estimator of a way to train with options."""
+
+
 def fastest_setting(
-    make: Callable[[str, Mapping[str, Any]], Estimator],
+    make: Make,
     method: str,
     options: Mapping[str, Any],
     budget: int,
@@ -46,31 +51,61 @@ def fastest_setting(
     Raises:
         BudgetError: no setting fits.
     """
-    tried: list[Tried] = []
-
-    def attempt(name: str, more: Mapping[str, Any]) -> MemoryEstimate | None:
-        report = make(name, {**own_options(name, options), **more}).at(batch_size, seq_len)
-        tried.append(Tried(name, dict(more), report.total_bytes, report.total_bytes <= budget))
-        return report if tried[-1].fits else None
-
+    search = _Search(make, options, budget, batch_size, seq_len)
     way = read_way(method)
     if not way.coupled:
-        found = attempt(method, {})
+        found = search.attempt(method, {})
         if found is not None:
-            return found, tried
+            return found, search.tried
         method = f"{way.method.name}+momentum"
     for more in _ladder(method, options, device) if method in WAYS else ():
-        found = attempt(method, more)
+        found = search.attempt(method, more)
         if found is not None:
-            best = _most_cached(make, attempt, method, options, more, batch_size, seq_len)
-            return best or found, tried
-    least = min(tried, key=lambda setting: setting.total_bytes)
+            return search.most_cached(method, more) or found, search.tried
+    least = min(search.tried, key=lambda setting: setting.total_bytes)
+    written = "".join(f", {name}={value!r}" for name, value in least.options.items())
     raise BudgetError(
         f"budget is {format_bytes(budget)}, in which no setting fits {batch_size} x {seq_len} tokens: {least.method}"
-        f"{_written(least.options)} needs {format_bytes(least.total_bytes)}. Give a larger budget or a smaller "
+        f"{written} needs {format_bytes(least.total_bytes)}. Give a larger budget or a smaller "
         'batch_size or seq_len; longest="sequence" finds how long a sequence fits.',
         least.total_bytes,
     )
+
+
+@dataclass
+class _Search:
+    """What is the same for every setting, and what was tried; `layers` are those of the last one's deepest stack."""
+
+    make: Make
+    options: Mapping[str, Any]
+    budget: int
+    batch_size: int
+    seq_len: int
+    tried: list[Tried] = field(default_factory=list)
+    layers: int = 0
+
+    def attempt(self, method: str, more: Mapping[str, Any]) -> MemoryEstimate | None:
+        """The estimate of a setting if it fits."""
+        estimator = self.make(method, {**own_options(method, self.options), **more})
+        self.layers = max(estimator.predictor.depths)
+        report = estimator.at(self.batch_size, self.seq_len)
+        self.tried.append(Tried(method, dict(more), report.total_bytes, report.total_bytes <= self.budget))
+        return report if self.tried[-1].fits else None
+
+    def most_cached(self, method: str, more: Mapping[str, Any]) -> MemoryEstimate | None:
+        """The estimate with as many cached layers as fit, by halving; None if none fits."""
+        if "cached_layers" in self.options:
+            return None
+        best = None
+        low, high = 0, self.layers
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self.attempt(method, {**more, "cached_layers": middle})
+            if found is None:
+                high = middle
+            else:
+                low, best = middle, found
+        return best
 
 
 def _ladder(method: str, options: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
@@ -85,31 +120,3 @@ def _ladder(method: str, options: Mapping[str, Any], device: str) -> list[dict[s
     if device == "cpu" and "gamma" not in options and read_way(method).takes("gamma"):
         rungs.append({"gamma": _FEWEST_BITS})
     return rungs
-
-
-def _most_cached(
-    make: Callable[[str, Mapping[str, Any]], Estimator],
-    attempt: Callable[[str, Mapping[str, Any]], MemoryEstimate | None],
-    method: str,
-    options: Mapping[str, Any],
-    more: Mapping[str, Any],
-    batch_size: int,
-    seq_len: int,
-) -> MemoryEstimate | None:
-    """The estimate with as many cached layers as fit, by halving; None if none fits."""
-    if "cached_layers" in options:
-        return None
-    best = None
-    low, high = 0, max(make(method, {**options, **more}).predictor.depths)
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = attempt(method, {**more, "cached_layers": middle})
-        if found is None:
-            high = middle
-        else:
-            low, best = middle, found
-    return best
-
-
-def _written(options: Mapping[str, Any]) -> str:
-    return "".join(f", {name}={value!r}" for name, value in options.items())

@@ -46,6 +46,11 @@ class Tried:
     total_bytes: int
     fits: bool
 
+    @property
+    def name(self) -> str:
+        """The setting in words: "lora+momentum, cached_layers 3"."""
+        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.options.items())])
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
