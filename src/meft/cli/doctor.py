@@ -16,7 +16,7 @@ from meft.parsing import option, parse
 from meft.verification.batches import random_batch
 from meft.verification.doctor import examine
 
-from .verify import _device
+from .verify import chosen_device
 
 
 @dataclass
@@ -49,7 +49,7 @@ def doctor_command(words: Sequence[str], *, description: str | None = None) -> i
         (ModelArguments, DoctorArguments), words, command="doctor", description=description
     )
     arguments.check()
-    device = _device(arguments.device)
+    device = chosen_device(arguments.device)
     torch.manual_seed(arguments.seed)
     base, task_type = load_pretrained(model_arguments, model_arguments.model_name_or_path, arguments.task_type)
     base.config.use_cache = False

@@ -107,7 +107,7 @@ def verify_command(argv: Sequence[str], *, command: str = "", description: str |
 
 
 def _verified(model_arguments: ModelArguments, method: MeftArguments, arguments: VerifyArguments) -> VerifyReport:
-    device = _device(arguments.device)
+    device = chosen_device(arguments.device)
     torch.manual_seed(arguments.seed)
     name = model_arguments.model_name_or_path
     if is_adapter(name):
@@ -165,7 +165,7 @@ def _from_adapter(
     return make_reversible(model, coupling=arguments.under or "momentum", **coupling), base, task_type
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
