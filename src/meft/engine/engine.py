@@ -237,8 +237,6 @@ class _ReversibleStep(torch.autograd.Function):
         side = _Side(tape, below, streams, inputs[ctx.step.source])
         before = streams[ctx.step.target]
         sums: list[Tensor] = []
-        fused = tape.arithmetic.fuses(before, None)
-        ctx.checksum = None if fused else tape.checksum(before)
         ctx.all_versions = versions_of(layer)
         ctx.chain = layer.functions.get(ctx.step.function)
         if isinstance(ctx.chain, Chain):
@@ -247,8 +245,7 @@ class _ReversibleStep(torch.autograd.Function):
             )
         else:
             streams, ctx.snapshot = _take_step(tape, layer, ctx.step, streams, ctx.signs, side, residues, further, sums)
-        if fused:
-            ctx.checksum = tape.checksum(before, sums)
+        ctx.checksum = tape.checksum(before, sums)
         if tape.host is None:
             tell_residues(residues)
         else:

@@ -58,12 +58,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there are no kernels for hidden states of a dtype on a device; None where there are."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "kernels take float32, bfloat16 and float16"
+    # Asked in every forward pass: looking for a package takes longest, and on a processor need not be done.
+    if not interpreted() and device.type not in _DEVICES:
+        return f"Triton has no kernels for {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if interpreted():
         return None
-    if device.type not in _DEVICES:
-        return f"Triton has no kernels for {device.type}"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _LOWEST_CAPABILITY:
